@@ -1,0 +1,1 @@
+"""Training, evaluation, generation and compilation from one command line."""

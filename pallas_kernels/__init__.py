@@ -1,0 +1,1 @@
+"""Sequence operations with several implementations each."""

@@ -1,0 +1,1 @@
+"""Functional language models: descriptions (Spec trees) and pure functions."""

@@ -1,0 +1,1 @@
+"""Parameter-efficient adaptation: functions from parameter trees to parameter trees."""

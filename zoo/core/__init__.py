@@ -1,0 +1,1 @@
+"""Parameters, weights, sequence context, sharding and registries."""

@@ -1,0 +1,1 @@
+"""Doors to Hugging Face, flax.linen and flax.nnx."""

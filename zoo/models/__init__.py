@@ -1,0 +1,1 @@
+"""The pattern-driven language model and its families."""
