@@ -74,14 +74,11 @@ def run(
             supports[implementation](*args, **static)
         return available[implementation](*args, **static)
     choice = {
-        platform: _first_supported(op, names, available, supports, args, static)
-        for platform, names in PRIORITY.items()
+        platform: _first_supported(op, names, available, supports, args, static) for platform, names in PRIORITY.items()
     }
     if len(set(choice.values())) == 1:
         return available[choice["cpu"]](*args, **static)
-    branches = {
-        platform: (lambda *a, name=name: available[name](*a, **static)) for platform, name in choice.items()
-    }
+    branches = {platform: (lambda *a, name=name: available[name](*a, **static)) for platform, name in choice.items()}
     return jax.lax.platform_dependent(*args, default=branches.pop("cpu"), **branches)
 
 

@@ -54,7 +54,7 @@ class SeqContext:
 
     @classmethod
     def from_segment_ids(cls, segment_ids: jax.Array, start: jax.Array | int = 0) -> "SeqContext":
-        """Positions that restart at every change of `segment_ids` [B, T]; the first document starts at `start` (int32[B])."""
+        """Positions that restart at every change of `segment_ids` [B, T]; a row's first document starts at `start` [B]."""
         segment_ids = jnp.asarray(segment_ids, jnp.int32)
         if segment_ids.ndim != 2:
             raise ValueError(f"segment_ids must be [batch, time], got shape {segment_ids.shape}")

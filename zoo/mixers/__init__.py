@@ -1,1 +1,21 @@
-"""Token mixers, one file each, all on one contract."""
+"""Token mixers, one file each, all on the contract of `zoo.mixers.contract`."""
+
+from zoo.mixers import attention, mamba, mlp
+from zoo.mixers.attention import Attention, QKNorm
+from zoo.mixers.contract import MIXERS, MixerType, mixer_of, register
+from zoo.mixers.mamba import Mamba
+from zoo.mixers.mlp import MLP
+
+__all__ = [
+    "MIXERS",
+    "MLP",
+    "Attention",
+    "Mamba",
+    "MixerType",
+    "QKNorm",
+    "attention",
+    "mamba",
+    "mixer_of",
+    "mlp",
+    "register",
+]
