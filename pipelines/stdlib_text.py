@@ -1,7 +1,7 @@
 """A TFDS builder of text that every Python installation carries: its own standard library.
 
-Three domains: `code` (library modules), `docstrings` (longer than 80 characters) and `topics` (the reference prose of
-`pydoc_data.topics`). Nothing is downloaded and TensorFlow is not needed: the files are ArrayRecord.
+Three domains: `code` (library modules), `docstrings` (longer than 80 characters) and `topics` (the reference
+prose of `pydoc_data.topics`). Nothing is downloaded and TensorFlow is not needed: the files are ArrayRecord.
 """
 
 import ast
@@ -14,17 +14,19 @@ import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
+from pydoc_data import topics as pydoc_topics
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 from absl import logging
-from pydoc_data import topics as pydoc_topics
 
 from pipelines.errors import DataError
 
 DOMAINS = ("code", "docstrings", "topics")
 _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_TOPICS_MODULE = "pydoc_data/topics.py"  # holds every topic as a string literal: as code it would leak held-out topics
+_TOPICS_MODULE = (
+    "pydoc_data/topics.py"  # holds every topic as a string literal: as code it would leak held-out topics
+)
 _MIN_DOCSTRING = 80
 _MIN_SHARED_PARAGRAPH = 80
 
@@ -59,8 +61,14 @@ def library_files(max_files: int | None = None) -> list[tuple[str, pathlib.Path]
     files = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        machine_dependent = relative.name.startswith("_sysconfigdata") or relative.parts[0].startswith("config-")
-        if machine_dependent or _EXCLUDED_FOLDERS & set(relative.parts) or relative.as_posix() == _TOPICS_MODULE:
+        machine_dependent = relative.name.startswith("_sysconfigdata") or relative.parts[0].startswith(
+            "config-"
+        )
+        if (
+            machine_dependent
+            or _EXCLUDED_FOLDERS & set(relative.parts)
+            or relative.as_posix() == _TOPICS_MODULE
+        ):
             continue
         files.append((relative.as_posix(), path))
     files.sort()
@@ -93,10 +101,10 @@ def _docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def _topic_groups(topics: dict[str, str]) -> dict[str, str]:
-    """Topic -> name of its group; topics that share a paragraph are in one group and so on one side of the split.
+    """Topic -> name of its group; topics that share a paragraph are in one group, on one side of the split.
 
-    Many topics repeat whole sections of others ("specialnames" contains "customization"), so a split by topic would
-    put held-out text into the training data.
+    Many topics repeat whole sections of others ("specialnames" contains "customization"), so a split by topic
+    would put held-out text into the training data.
     """
     group = {name: name for name in topics}
 
@@ -168,8 +176,8 @@ class StdlibTextConfig(tfds.core.BuilderConfig):
 class StdlibText(tfds.core.GeneratorBasedBuilder):
     """Standard-library text with splits `train` and `validation`; features `text`, `domain`, `path`.
 
-    A file, its docstrings, and a group of topics that share paragraphs are on one side of the split, chosen by a
-    stable hash of the relative path. The texts differ between Python versions.
+    A file, its docstrings, and a group of topics that share paragraphs are on one side of the split, chosen
+    by a stable hash of the relative path. The texts differ between Python versions.
 
     Raises:
         ValueError: a file format other than array_record, which would need TensorFlow.
@@ -179,11 +187,14 @@ class StdlibText(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES: dict[str, str] = {"1.0.0": "First version."}  # noqa: RUF012 (TFDS reads a class attribute)
     BUILDER_CONFIGS = [StdlibTextConfig(name="all", description="The whole library.")]  # noqa: RUF012
 
-    code_path = None  # TFDS looks here for checksums of downloads; there are none, and the look-up has extra dependencies
+    # TFDS looks here for checksums of downloads; there are none, and the look-up has extra dependencies.
+    code_path = None  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, *, file_format: str = "array_record", **kwargs):
         if str(getattr(file_format, "value", file_format)) != "array_record":
-            raise ValueError(f"stdlib_text: file_format {file_format!r}: only 'array_record' works without TensorFlow")
+            raise ValueError(
+                f"stdlib_text: file_format {file_format!r}: only 'array_record' works without TensorFlow"
+            )
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -200,9 +211,14 @@ class StdlibText(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,  # keeps the sorted order, so two builds are equal
         )
 
+    @property
+    def _settings(self) -> StdlibTextConfig:
+        assert isinstance(self.builder_config, StdlibTextConfig)
+        return self.builder_config
+
     @functools.cached_property
     def _corpus(self) -> list[Example]:
-        examples, skipped = corpus_examples(self.builder_config.max_files)
+        examples, skipped = corpus_examples(self._settings.max_files)
         logging.info("stdlib_text: %d documents; left out: %s", len(examples), skipped)
         return examples
 
@@ -211,7 +227,7 @@ class StdlibText(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "validation": self._generate_examples(True)}
 
     def _generate_examples(self, heldout: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        fraction = self.builder_config.heldout_percent / 100
+        fraction = self._settings.heldout_percent / 100
         for index, example in enumerate(self._corpus):
             if is_heldout(example.unit, fraction) == heldout:
                 yield index, {"text": example.text, "domain": example.domain, "path": example.path}
