@@ -34,7 +34,7 @@ def train_iterator(
     batch_size: int,
     seed: int,
     epochs: int | None = None,
-    shuffle_rows: int = 1024,
+    shuffle_rows: int = 512,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -47,7 +47,8 @@ def train_iterator(
         seed: of both shuffles; equal seeds give equal batches.
         epochs: passes over the documents, each in another order; None never ends. The last batch is padded.
         shuffle_rows: rows are shuffled within windows of this many, so that the consecutive rows of a long
-            document do not fill one batch; 1 keeps the packed order.
+            document do not fill one batch; 1 keeps the packed order. The window is held in memory (24 L bytes
+            a row) and read again when an iterator is restored.
         process_index, process_count: which block of each global batch to yield.
 
     Returns:
