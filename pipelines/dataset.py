@@ -13,9 +13,9 @@ from absl import logging
 
 from pipelines.errors import DataError
 from pipelines.files import atomic_folder
-from pipelines.registry import check_keys
 from pipelines.sources import SPLITS, Document, Source, make_source
 from pipelines.tokenizers import TOKENIZERS, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from zoo.core.registry import check_keys
 
 FORMAT_VERSION = 1  # raise it when the files written here change
 _CHUNK_BYTES = 1 << 20  # text that is encoded at a time
@@ -46,9 +46,7 @@ class TokenizedDocuments:
         expected = int(self._offsets[-1]) * self._dtype.itemsize
         if path.stat().st_size != expected:
             size = path.stat().st_size
-            raise DataError(
-                "damaged token file", str(path), f"{size} bytes, expected {expected}; delete its folder"
-            )
+            raise DataError("damaged token file", str(path), f"{size} bytes, expected {expected}; delete its folder")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -91,9 +89,7 @@ class TextDataset:
         return (self.tokenizer.decode_bytes(documents[i]) for i in range(len(documents)))
 
 
-def prepare(
-    source: Mapping[str, Any], tokenizer: Mapping[str, Any], workdir: str | os.PathLike
-) -> TextDataset:
+def prepare(source: Mapping[str, Any], tokenizer: Mapping[str, Any], workdir: str | os.PathLike) -> TextDataset:
     """Reads, splits and tokenises a source into `workdir/data/<fingerprint>/`, or opens what is there.
 
     The fingerprint covers the source's options and file contents, the tokenizer's config and the versions, so
@@ -140,9 +136,7 @@ def _fingerprint(source: Source, tokenizer: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _build(
-    source: Source, config: Mapping[str, Any], folder: pathlib.Path, cache: pathlib.Path, configs: dict
-) -> None:
+def _build(source: Source, config: Mapping[str, Any], folder: pathlib.Path, cache: pathlib.Path, configs: dict) -> None:
     """Writes tokenizer.json, one folder per split, and info.json into `folder`."""
     tokenizer = _make_tokenizer(source, config, cache)
     tokenizer.save(folder / "tokenizer.json")

@@ -122,32 +122,22 @@ def _finish_row(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _pack(documents: grain.MapDataset, length: int) -> grain.IterDataset:
     pairs = documents.map(as_pairs).to_iter_dataset(_READ)
-    packed = grain.experimental.ConcatThenSplitIterDataset(
-        pairs, length_struct={"tokens": length, "targets": length}
-    )
+    packed = grain.experimental.ConcatThenSplitIterDataset(pairs, length_struct={"tokens": length, "targets": length})
     return _JsonSafeState(packed).map(_finish_row)
 
 
-def _batch(
-    rows: grain.IterDataset, batch_size: int, process_index: int, process_count: int
-) -> grain.IterDataset:
+def _batch(rows: grain.IterDataset, batch_size: int, process_index: int, process_count: int) -> grain.IterDataset:
     if process_count < 1 or not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index={process_index} must be in 0..process_count-1, process_count={process_count}"
-        )
+        raise ValueError(f"process_index={process_index} must be in 0..process_count-1, process_count={process_count}")
     if batch_size % process_count:
         nearest = max(batch_size // process_count, 1) * process_count
-        raise ValueError(
-            f"batch_size={batch_size} is not a multiple of {process_count} processes; nearest: {nearest}"
-        )
+        raise ValueError(f"batch_size={batch_size} is not a multiple of {process_count} processes; nearest: {nearest}")
     share = batch_size // process_count
     block = slice(process_index * share, (process_index + 1) * share)
 
     def local_rows(batch):
         missing = batch_size - len(batch["tokens"])
-        padded = {
-            key: np.pad(value, ((0, missing), (0, 0))) if missing else value for key, value in batch.items()
-        }
+        padded = {key: np.pad(value, ((0, missing), (0, 0))) if missing else value for key, value in batch.items()}
         return {key: value[block] for key, value in padded.items()}
 
     return rows.batch(batch_size, drop_remainder=False).map(local_rows)

@@ -20,8 +20,8 @@ from absl import logging
 
 from pipelines.errors import DataError
 from pipelines.files import atomic_folder
-from pipelines.registry import Registry, check_keys
 from pipelines.stdlib_text import DOMAINS, StdlibText, StdlibTextConfig, corpus_fingerprint, is_heldout
+from zoo.core.registry import Registry, check_keys
 
 SOURCES = Registry("source")
 SPLITS = ("train", "validation")
@@ -63,9 +63,7 @@ class Source:
 
     heldout_fraction: float = 0.05
     on_error: str = "raise"
-    skipped: collections.Counter = dataclasses.field(
-        default_factory=collections.Counter, init=False, repr=False
-    )
+    skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter, init=False, repr=False)
     version: ClassVar[int] = 1  # raise it when the documents that a source yields change
 
     def __post_init__(self):
@@ -106,9 +104,7 @@ class Source:
                 raise item
             self.skipped[item.reason] += 1
         if self.skipped:
-            logging.warning(
-                "%s: skipped %s of %d documents", self, dict(self.skipped), total + self.skipped.total()
-            )
+            logging.warning("%s: skipped %s of %d documents", self, dict(self.skipped), total + self.skipped.total())
         if not total:
             raise DataError("no usable document", str(self), f"skipped: {dict(self.skipped) or 'none'}")
 
@@ -242,9 +238,7 @@ class TextFolder(Source):
         root = pathlib.Path(self.path)
         if not root.is_dir():
             raise DataError("no such folder", self.path)
-        found = sorted(
-            (path for path in root.glob(self.pattern) if path.is_file()), key=lambda path: path.as_posix()
-        )
+        found = sorted((path for path in root.glob(self.pattern) if path.is_file()), key=lambda path: path.as_posix())
         if not found:
             raise DataError("no file matches", self.path, f"pattern {self.pattern!r}")
         return found
@@ -295,9 +289,7 @@ class JsonLines(Source):
         if not isinstance(record, dict):
             return DataError("not a JSON object", origin, f"found {type(record).__name__}")
         if self.field not in record:
-            return DataError(
-                "missing field", origin, f"no {self.field!r}; the line has {sorted(record)[:10]}"
-            )
+            return DataError("missing field", origin, f"no {self.field!r}; the line has {sorted(record)[:10]}")
         return record[self.field], origin
 
 
@@ -329,9 +321,7 @@ class Parquet(Source):
         try:
             file = pq.ParquetFile(path)
             if self.column not in file.schema_arrow.names:
-                yield DataError(
-                    "missing column", str(path), f"no {self.column!r}; it has {file.schema_arrow.names}"
-                )
+                yield DataError("missing column", str(path), f"no {self.column!r}; it has {file.schema_arrow.names}")
                 return
             kind = file.schema_arrow.field(self.column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
@@ -351,6 +341,4 @@ class Parquet(Source):
                     yield text if isinstance(text, DataError) else (text, origin)
         except (pa.ArrowException, OSError) as error:
             # The rest of a damaged file is lost as a whole; with on_error="skip" that is counted as one.
-            yield DataError(
-                "not readable as Parquet", f"{path}:row {row + 1}" if row else str(path), str(error)
-            )
+            yield DataError("not readable as Parquet", f"{path}:row {row + 1}" if row else str(path), str(error))

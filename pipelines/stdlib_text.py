@@ -24,9 +24,7 @@ from pipelines.errors import DataError
 
 DOMAINS = ("code", "docstrings", "topics")
 _EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_TOPICS_MODULE = (
-    "pydoc_data/topics.py"  # holds every topic as a string literal: as code it would leak held-out topics
-)
+_TOPICS_MODULE = "pydoc_data/topics.py"  # holds every topic as a string literal: as code it would leak held-out topics
 _MIN_DOCSTRING = 80
 _MIN_SHARED_PARAGRAPH = 80
 
@@ -61,14 +59,8 @@ def library_files(max_files: int | None = None) -> list[tuple[str, pathlib.Path]
     files = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        machine_dependent = relative.name.startswith("_sysconfigdata") or relative.parts[0].startswith(
-            "config-"
-        )
-        if (
-            machine_dependent
-            or _EXCLUDED_FOLDERS & set(relative.parts)
-            or relative.as_posix() == _TOPICS_MODULE
-        ):
+        machine_dependent = relative.name.startswith("_sysconfigdata") or relative.parts[0].startswith("config-")
+        if machine_dependent or _EXCLUDED_FOLDERS & set(relative.parts) or relative.as_posix() == _TOPICS_MODULE:
             continue
         files.append((relative.as_posix(), path))
     files.sort()
@@ -192,9 +184,7 @@ class StdlibText(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, *, file_format: str = "array_record", **kwargs):
         if str(getattr(file_format, "value", file_format)) != "array_record":
-            raise ValueError(
-                f"stdlib_text: file_format {file_format!r}: only 'array_record' works without TensorFlow"
-            )
+            raise ValueError(f"stdlib_text: file_format {file_format!r}: only 'array_record' works without TensorFlow")
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tokenizers as hf
 
-from pipelines.registry import Registry
+from zoo.core.registry import Registry
 
 TOKENIZERS = Registry("tokenizer")
 BASE_SPECIALS = ("<pad>", "<bos>", "<eos>", "<mask>")
@@ -104,9 +104,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a saved tokenizer ({error})") from error
     if version != _FORMAT or specials != kind.specials:
-        raise ValueError(
-            f"{path}: written by another version (format {version}, specials {specials}); train it again"
-        )
+        raise ValueError(f"{path}: written by another version (format {version}, specials {specials}); train it again")
     return kind.from_state(state)
 
 
@@ -114,9 +112,7 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"text holds a lone surrogate {text[error.start]!r} at character {error.start}"
-        ) from error
+        raise ValueError(f"text holds a lone surrogate {text[error.start]!r} at character {error.start}") from error
 
 
 @TOKENIZERS.register("bytes")
@@ -155,9 +151,7 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, backend: hf.Tokenizer):
         if backend.get_added_tokens_decoder():
-            raise ValueError(
-                "the backend has added tokens: text could spell special ids; train it with train_bpe"
-            )
+            raise ValueError("the backend has added tokens: text could spell special ids; train it with train_bpe")
         self._backend = backend
         vocabulary = sorted(backend.get_vocab().items(), key=lambda item: item[1])
         to_byte = _byte_of_character()
@@ -220,6 +214,4 @@ def _byte_of_character() -> dict[str, int]:
     """Byte-level BPE writes printable Latin-1 bytes as themselves and the rest, in order, from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
-    return {chr(value): value for value in printable} | {
-        chr(256 + i): value for i, value in enumerate(others)
-    }
+    return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
