@@ -8,7 +8,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
 from pallas_kernels.selective_scan import reference, xla
 
-DEFAULT_CHUNK_SIZE = 64
+DEFAULT_CHUNK_SIZE = 32
 
 FORWARD = {"xla": xla.forward}
 BACKWARD = {"xla": xla.backward}
@@ -55,7 +55,7 @@ def selective_scan(
       reset: bool [B, T], True where the carried state is dropped before the token (a document starts), or None.
       valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold there is
         ignored, `reset` included. None when there is no padding.
-      chunk_size: tokens between two saved states; None takes 64.
+      chunk_size: tokens between two saved states; None takes 32.
       implementation: "reference", "xla" or None for the platform's priority.
 
     Returns:
