@@ -1,6 +1,5 @@
 """The attention op: arguments checked at the door, forward and backward each by the best implementation."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +24,7 @@ class _Static(NamedTuple):
     soft_cap: float | None
     implementation: str | None
 
-    def run(self, op, available, supports, *arrays):
+    def run(self, op, available, supports, *arrays) -> Any:
         options = {"window": self.window, "scale": self.scale, "soft_cap": self.soft_cap}
         return dispatch.run(op, available, self.implementation, *arrays, supports=supports, **options)
 
@@ -132,13 +131,15 @@ def merge(y1: jax.Array, lse1: jax.Array, y2: jax.Array, lse2: jax.Array) -> tup
     return y.astype(y1.dtype), jnp.where(sees, shift + jnp.log(total), -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, *arrays):
+def _run_forward(static: _Static, *arrays) -> tuple[jax.Array, jax.Array]:
     return static.run("attention", FORWARD, FORWARD_SUPPORTS, *arrays)
 
 
+_attention = jax.custom_vjp(_run_forward, nondiff_argnums=(0,))
+
+
 def _attention_fwd(static, *arrays):
-    y, lse = _attention(static, *arrays)
+    y, lse = _run_forward(static, *arrays)
     return (y, lse), (arrays, y, lse)
 
 

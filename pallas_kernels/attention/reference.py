@@ -39,4 +39,5 @@ def attend(q, k, v, q_positions, kv_positions, q_documents, kv_documents, *, win
     total = jnp.where(sees, jnp.sum(e, axis=-1), 1.0)
     y = jnp.einsum("bhts,bshv->bthv", e / total[..., None], v, precision="highest")
     lse = jnp.where(sees, peak + jnp.log(total), -jnp.inf)
+    y = jnp.where(sees.transpose(0, 2, 1)[..., None], y, 0.0)  # stops cotangents at padding, NaN included
     return y.astype(dtype), lse.transpose(0, 2, 1)

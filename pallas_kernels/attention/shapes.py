@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """One call of `attention`: `keys` None is self-attention, otherwise queries against `keys` stored slots."""
+    """One call of `attention`: `keys` None is self-attention, else the number of stored slots."""
 
     batch: int
     time: int

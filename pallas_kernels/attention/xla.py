@@ -2,9 +2,9 @@
 
 The pairs that can hold a visible score are listed in Python (the lower triangle, or a band of it under a
 window) and one `lax.scan` walks the list: neither time nor memory is spent outside it, and the program does
-not grow with T. Forward is an online softmax (arXiv:1805.02867); backward recomputes the scores of a pair from
-the saved log-sum-exp (arXiv:2307.08691). Blocks are laid out block first, [blocks, B, G, R, block, width] with
-R = H / G query heads per key head, so that a step reads and updates contiguous memory.
+not grow with T. Forward is an online softmax (arXiv:1805.02867); backward recomputes the scores of a pair
+from the saved log-sum-exp (arXiv:2307.08691). Arrays are laid out [blocks, B, G, R, block, width], R = H / G
+query heads per key head, so that a step reads and updates contiguous memory.
 """
 
 import functools
@@ -103,7 +103,7 @@ class _Grid(NamedTuple):
             held = _take(carry[0], i), _take(carry[1], j)
             blocks = _take(query, i), _take(key, j)
             mask = self.mask(i, j) if masked else None
-            if masked and skip:
+            if mask is not None and skip:
                 held = jax.lax.cond(
                     jnp.any(mask), lambda held: update(*held, *blocks, mask), lambda held: held, held
                 )
@@ -200,20 +200,22 @@ def forward(q, k, v, q_positions, kv_positions, q_documents, kv_documents, *, wi
     query, key = (grid.query_blocks(q),), (grid.key_blocks(k), grid.key_blocks(v))
 
     def update(held, nothing, query, key, mask):
-        (peak, total, acc), (q,), (k, v) = held, query, key
+        (q,), (k, v) = query, key
+        acc, total, peak = jnp.split(held, (width, width + 1), axis=-1)
         s = _hide(_scores(q, k, scale, soft_cap), mask)
         new_peak = jnp.maximum(peak, jnp.max(s, axis=-1, keepdims=True))
         shift = new_peak if mask is None else jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
         p, decay = jnp.exp(s - shift), jnp.exp(peak - shift)
         total = total * decay + jnp.sum(p, axis=-1, keepdims=True)
         pv = jnp.einsum("bgrts,bgsv->bgrtv", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (new_peak, total, acc * decay + pv), nothing
+        return jnp.concatenate([acc * decay + pv, total, new_peak], axis=-1), nothing
 
-    rows = query[0].shape[:-1]
-    start = tuple(
-        jnp.full((*rows, n), x, jnp.float32) for n, x in ((1, -jnp.inf), (1, 0.0), (v.shape[-1], 0.0))
-    )
-    (peak, total, acc), _ = grid.scan(update, query, key, start, ())
+    # One carry for accumulator, sum and maximum: as three, XLA copies whole ones every step, O(T^2) in all.
+    width = v.shape[-1]
+    start = jnp.where(jnp.arange(width + 2) > width, -jnp.inf, 0.0)
+    start = jnp.broadcast_to(start, (*query[0].shape[:-1], width + 2))
+    held, _ = grid.scan(update, query, key, start, ())
+    acc, total, peak = jnp.split(held, (width, width + 1), axis=-1)
     sees = total > 0
     total = jnp.where(sees, total, 1.0)
     y = _from_query_blocks((acc / total).astype(q.dtype), q.shape[1])
