@@ -273,11 +273,11 @@ def test_ring_part_merged_with_self_part_is_one_pass(small_blocks, past):
 
     cotangents = draw_cotangents(q[:, past:], v)
 
-    def call(f):
+    def call(f, q, k, v):
         outputs, vjp = jax.vjp(f, q, k, v)
         return outputs, vjp(cotangents)
 
-    (_, grads), (got, split_grads) = (jax.jit(call, static_argnums=0)(f) for f in (whole, split))
+    (_, grads), (got, split_grads) = (jax.jit(call, static_argnums=0)(f, q, k, v) for f in (whole, split))
     for name, grad, expected in zip(NAMES, split_grads, grads, strict=True):
         assert_close(grad, expected, F32_GRAD_TOLERANCE, f"d{name}")
     y, lse = oracle(q, k, v, window=window)
