@@ -94,6 +94,83 @@ def test_the_head_of_a_tied_model_must_be_its_embedding(tmp_path):
     assert loaded["head"][4, 3] == 9.0
 
 
+def test_an_older_name_of_mambas_embedding(tmp_path):
+    model = zoo.create("mamba", vocab_size=31, width=16, layers=2)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), _params(model))
+    zoo.to_hf(model, params, tmp_path)
+    old, new = "backbone.embedding.weight", "backbone.embeddings.weight"
+    _edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t[new].copy(), old: t.pop(new)}))
+    _, loaded = zoo.from_hf(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    _edit_weights(tmp_path, lambda t: t.update({new: t[old]}))
+    _refuses(tmp_path, old, new, "two names")
+
+
+PUBLISHED = {
+    "SmolLM2-135M": (
+        "llama-135m",
+        {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "vocab_size": 49152,
+        },
+    ),
+    "Qwen2-0.5B": (
+        "qwen2-0.5b",
+        {
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "hidden_size": 896,
+            "initializer_range": 0.02,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 131072,
+            "max_window_layers": 24,
+            "model_type": "qwen2",
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 131072,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_the_presets(name):
+    preset, config = PUBLISHED[name]
+    options = read_options(HF_FAMILIES[config["model_type"]], config)
+    free = {"init_std", "max_length"}  # of training and of serving; the presets choose their own
+    model = zoo.create("dense", **{**options, **{key: zoo.create(preset).options[key] for key in free}})
+    assert model.config == zoo.create(preset).config
+
+
 @pytest.mark.parametrize(
     ("field", "value", "word"),
     [

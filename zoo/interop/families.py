@@ -114,7 +114,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",
     "relu2": "squared_relu",
 }
-# Where each model_type's config is not Llama's, by its own defaults in transformers.
+# Read and written by hf_rope.
 _ROPE = {
     "rope_theta": Field(None),
     "rope_scaling": Field(None),

@@ -137,7 +137,13 @@ def _load(files: TensorFolder, model: Model, family: HFFamily) -> Tree:
     specs = model.param_specs()
     flat = flatten(specs)
     table = _pieces(family, model.config, flat)
-    names = {ALIASES.get(name, name): name for name in files.shapes if not name.endswith(BUFFERS)}
+    names: dict[str, str] = {}
+    for stored in files.shapes:
+        name = ALIASES.get(stored, stored)
+        if name in names:
+            raise ValueError(f"{files.folder} holds both {names[name]} and {stored}, two names of one tensor")
+        if not stored.endswith(BUFFERS):
+            names[name] = stored
     if model.config.tied and HEAD in names:
         _check_tied_head(files, names, table)
         del names[HEAD]
