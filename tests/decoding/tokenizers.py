@@ -20,7 +20,7 @@ class ByteTokenizer:
 class PieceTokenizer:
     """id -> a fixed piece of bytes: one to three letters, spaces, and parts of multi-byte characters."""
 
-    PIECES = [b"a", b"ab", b" b", b"c ", b"abc", b"\xc3", b"\xa9", b"\xe4\xb8", b"\xad", b"\n", b"e", b"ca"]
+    PIECES = (b"a", b"ab", b" b", b"c ", b"abc", b"\xc3", b"\xa9", b"\xe4\xb8", b"\xad", b"\n", b"e", b"ca")
 
     def __init__(self, vocab_size, eos_id=None):
         self.vocab_size = vocab_size
