@@ -110,7 +110,7 @@ def generate(
     if _is_unrolled(params) and not isinstance(state.layers, tuple):
         state = _unroll_state(state, model.config)
     rows = [_Row(b, max_new_tokens, frozenset(ends), _stream(tokenizer, stops), on_tokens) for b in range(len(ids))]
-    end_array, step = jnp.asarray(ends, jnp.int32), 0
+    end_array, step = np.array(ends + (-1,) * (4 - len(ends)), np.int32), 0  # padded: one program for any few ids
     while not all(row.finish_reason for row in rows):
         done = np.array([row.finish_reason is not None for row in rows])
         state, logits, out = _decode_block(
