@@ -54,7 +54,7 @@ def _tap(padded, documents, k, length, width):
 def _preactivation(padded, documents, weight, bias, length):
     width = weight.shape[0]
     weight = weight.astype(jnp.float32)
-    y = 0.0 if bias is None else bias.astype(jnp.float32)
+    y = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
     for k in range(width):
         y = y + weight[k] * _tap(padded, documents, k, length, width)
     return y

@@ -1,9 +1,9 @@
 """Selective scan as a loop over chunks of a loop over tokens, with a hand-written backward pass.
 
-The state is kept as [B, N, Di]: channels are contiguous, so one token is a few long vector operations. Within
-a chunk the recurrence is sequential (an associative scan does log C times the work, which a CPU feels), and only
-the states at the chunk boundaries survive for the backward pass, which recomputes the rest chunk by chunk.
-Whatever is elementwise (softplus, skip, gate) is recomputed with it: no array of the size of x outlives a chunk.
+The state is kept as [B, N, Di]: channels are contiguous, so one token is a few long vector operations.
+Within a chunk the recurrence is sequential: an associative scan does log C times the work, which a CPU feels.
+Only the states at the chunk boundaries survive for the backward pass, which recomputes the rest by chunk,
+softplus, skip and gate included: no array of the size of x outlives a chunk.
 """
 
 from typing import Any, NamedTuple
@@ -139,7 +139,7 @@ def _scan_chunk(tokens: Tokens, A_nd, h, history=None, *, outputs: bool):
 def _one_step(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, dt_softplus):
     """Decoding: a single fused step in the layout of the state."""
     t = _load(0, 1, x, dt, B, C, z, dt_bias, reset, valid, dt_softplus)
-    t = Tokens(*(None if v is None else v[0] for v in t))
+    t = jax.tree.map(lambda v: v[0], t)
     h = t.dt[..., None] * t.x[..., None] * t.b[:, None]
     if state is not None:
         h = jnp.exp(t.dt[..., None] * A.astype(jnp.float32)) * _clear(t.reset, state) + h
