@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --config.key=value")
     from launch.mesh import initialise_processes
 
+    if logging.get_verbosity() == logging.INFO:  # what absl sets; --verbosity=1 shows everything
+        logging.set_verbosity(logging.WARNING)
     initialise_processes()
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
     workdir.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import tensorboardX
 
 # Wall-clock columns stand last: all others of a resumed run equal those of an uninterrupted one.
 CLOCK = ("tokens_per_second", "seconds")
+FIRST = ("step", "loss", "grad_norm", "param_norm", "learning_rate", "tokens")
 VALIDATION = ("validation_loss", "validation_bits_per_byte")
 
 
@@ -43,8 +44,8 @@ class Table:
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row and hands it to the operating system, so that it survives the death of this process."""
         if not self._columns:
-            middle = [key for key in row if key not in ("step", *VALIDATION, *CLOCK)]
-            self._columns = ["step", *middle, *VALIDATION, *CLOCK]
+            own = sorted(key for key in row if key not in (*FIRST, *VALIDATION, *CLOCK))
+            self._columns = [*FIRST, *own, *VALIDATION, *CLOCK]
             csv.writer(self._file, lineterminator="\n").writerow(self._columns)
         self._file.write(",".join(_exact(row.get(column, "")) for column in self._columns) + "\n")
         self._file.flush()

@@ -17,6 +17,7 @@ from launch import config as config_lib
 from launch import data as data_lib
 from launch import evaluate as evaluate_lib
 from launch import flops as flops_lib
+from launch import generate as generate_lib
 from launch import run as run_lib
 from launch.checkpoints import Checkpoints
 from launch.metrics import Report
@@ -167,8 +168,10 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
 
 def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float) -> None:
     """The final evaluation, summary.json, loss.png and samples.md."""
-    result = evaluate_lib.evaluate(run, evaluation_params(state))
+    params = evaluation_params(state)
+    result = evaluate_lib.evaluate(run, params)
     table = evaluate_lib.compare(run, result["bits_per_byte"])
+    generate_lib.write_samples(run, params, facts["step"])
     if jax.process_index() != 0:
         return
     rate, kind = facts["tokens_per_second"], jax.devices()[0].device_kind
