@@ -54,17 +54,17 @@ class Checkpoints:
         """The newest step, or None."""
         return self._manager.latest_step()
 
-    def find(self, which: str | int) -> int:
-        """The step of "last", "best" or a number.
+    def find(self, which: str) -> int:
+        """The step of "last", "best" or a step's digits.
 
         Raises:
           ConfigError: there is no such checkpoint.
         """
-        step = {"last": self.latest, "best": self._manager.best_step()}.get(str(which), which)
         steps = sorted(self._manager.all_steps())
+        step = int(which) if which.isdigit() else {"last": self.latest, "best": self._manager.best_step()}[which]
         if step not in steps:
             raise ConfigError(f"no checkpoint {which!r} in {self._directory}; there are steps {steps or 'none'}")
-        return int(step)
+        return step
 
     def save(self, step: int, state: Any, iterator: grain.DatasetIterator, metrics: dict[str, float] | None) -> None:
         """Starts to write a checkpoint; returns once state and iterator may change again."""

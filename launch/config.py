@@ -90,8 +90,8 @@ def check(config: Any) -> None:
             f"config.batch_size={flat['batch_size']} is not a multiple of config.accumulation={flat['accumulation']}"
         )
     which = flat["evaluate.checkpoint"]
-    if which not in ("best", "last") and not (isinstance(which, int) and which >= 0):
-        raise ConfigError(f"config.evaluate.checkpoint={which!r} must be 'best', 'last' or a step")
+    if which not in ("best", "last") and not (isinstance(which, str) and which.isdigit()):
+        raise ConfigError(f"config.evaluate.checkpoint={which!r} must be 'best', 'last' or the digits of a step")
 
 
 def versions() -> dict[str, str]:
