@@ -108,7 +108,7 @@ def generate(
     )
     params = prepare(model, params, unrolled=unrolled)
     if _is_unrolled(params) and not isinstance(state.layers, tuple):
-        state = unroll(state, model.config)
+        state = _unroll_state(state, model.config)
     rows = [_Row(b, max_new_tokens, frozenset(ends), _stream(tokenizer, stops), on_tokens) for b in range(len(ids))]
     end_array, step = jnp.asarray(ends, jnp.int32), 0
     while not all(row.finish_reason for row in rows):
@@ -149,16 +149,28 @@ def prepare(model: Model, params: Tree, *, unrolled: bool | None = None) -> Tree
     """
     if _is_unrolled(params):
         return params
+    unrolled = jax.default_backend() == "cpu" if unrolled is None else unrolled
+    return _prepare(params, model=model, unrolled=unrolled)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "unrolled"))
+def _prepare(params, *, model: Model, unrolled: bool):
     dtype = jnp.dtype(model.config.dtype)
 
     def cast(spec: Any, leaf: Any) -> Any:
-        plain = spec.inputs > 0 and not is_weight(leaf)
-        return leaf.astype(dtype) if plain and leaf.dtype != dtype else leaf
+        return leaf if spec.inputs == 0 or is_weight(leaf) else leaf.astype(dtype)
 
     params = jax.tree.map(cast, model.param_specs(), params, is_leaf=is_spec)
-    if jax.default_backend() == "cpu" if unrolled is None else unrolled:
-        return unroll(params, model.config)
-    return params
+    return unroll(params, model.config) if unrolled else params
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch_size", "capacity", "unrolled"))
+def _fresh_state(*, model: Model, batch_size: int, capacity: int | None, unrolled: bool):
+    state = model.init_state(batch_size, capacity)
+    return unroll(state, model.config) if unrolled else state
+
+
+_unroll_state = jax.jit(unroll, static_argnums=1)
 
 
 def _is_unrolled(params: Tree) -> bool:
@@ -192,9 +204,7 @@ def prefill(
     padded = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    state = model.init_state(len(prompts), capacity)
-    if _is_unrolled(params):
-        state = unroll(state, model.config)
+    state = _fresh_state(model=model, batch_size=len(prompts), capacity=capacity, unrolled=_is_unrolled(params))
     logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
     for start in range(0, padded.shape[1], chunk):
         tokens = padded[:, start : start + chunk]
