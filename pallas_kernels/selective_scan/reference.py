@@ -8,16 +8,16 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
     """Runs the recurrence in float32 and returns (y, new_state); arguments as in `selective_scan`."""
     dtype = x.dtype
     batch, length, channels = x.shape
-    x, dt, B, C = (v.astype(jnp.float32) for v in (x, dt, B, C))
+    valid = jnp.ones((batch, length), bool) if valid is None else valid
+    reset = jnp.zeros((batch, length), bool) if reset is None else reset & valid
+    # Padding may hold anything, NaN included: it is replaced before it is used, so gradients stay finite too.
+    x, dt, B, C = (jnp.where(valid[..., None], v.astype(jnp.float32), 0.0) for v in (x, dt, B, C))
     A = A.astype(jnp.float32)
     if dt_bias is not None:
         dt = dt + dt_bias.astype(jnp.float32)
     if dt_softplus:
         dt = jax.nn.softplus(dt)
-    valid = jnp.ones((batch, length), bool) if valid is None else valid
-    reset = jnp.zeros((batch, length), bool) if reset is None else reset & valid
-    # Padding may hold anything, NaN included: it is replaced before it is used, so gradients stay finite too.
-    x, dt, B, C = (jnp.where(valid[..., None], v, 0.0) for v in (x, dt, B, C))
+    dt = jnp.where(valid[..., None], dt, 0.0)  # a step of zero leaves the state as it is
 
     def step(h, token):
         x_t, dt_t, b_t, c_t, reset_t = token

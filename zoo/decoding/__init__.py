@@ -1,1 +1,23 @@
-"""Sampling and generation."""
+"""Generation: sampling, ragged batches, chunked prefill, stop strings, streaming."""
+
+from zoo.decoding.generate import Generation, generate, prefill, prepare
+from zoo.decoding.logits import Sampling, min_p, process, row_keys, sample, temperature, top_k, top_p
+from zoo.decoding.text import TextStream, Tokenizer, terminal
+
+__all__ = [
+    "Generation",
+    "Sampling",
+    "TextStream",
+    "Tokenizer",
+    "generate",
+    "min_p",
+    "prefill",
+    "prepare",
+    "process",
+    "row_keys",
+    "sample",
+    "temperature",
+    "terminal",
+    "top_k",
+    "top_p",
+]
