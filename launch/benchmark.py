@@ -41,7 +41,7 @@ TRAIN_SHAPE = (1, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison. Attributes: name of the model; metric with its unit; ours, peer; ratio, > 1 when ours is better."""
+    """One comparison. Attributes: name; metric with its unit; ours; peer; ratio, > 1 when ours is better."""
 
     name: str
     metric: str

@@ -18,7 +18,7 @@ OPEN = ("model", "objective", "optimizer", "optimizer.schedule", "data.source", 
 # schedule's horizon, optimizer.schedule.steps, to stay as it was.
 MAY_CHANGE = (
     *("mode", "steps", "accumulation", "implementation", "mesh", "rules"),
-    *("checkpoint", "evaluate", "log", "generate", "data.directory"),
+    *("checkpoint", "evaluate", "log", "generate", "data.directory", "topology", "benchmark"),
 )
 _POSITIVE = ("steps", "batch_size", "sequence_length", "accumulation", "log.every", "checkpoint.keep_last")
 _NOT_NEGATIVE = ("seed", "checkpoint.every", "checkpoint.keep_best", "evaluate.every", "evaluate.batches", "ema_decay")

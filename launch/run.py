@@ -26,13 +26,10 @@ from zoo.models import Model, create
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A resolved run.
+class Program:
+    """The functions of a run and how their arrays lie, without data or a folder.
 
     Attributes:
-      config: plain nested dicts without open ends (vocabulary, horizon of the schedule).
-      workdir: where it lives.
-      data: documents and tokenizer.
       model: from config.model.
       mesh, rules: how arrays are split.
       shardings, abstract: of the TrainState.
@@ -41,9 +38,6 @@ class Run:
       eval_step: (params, batch, key) -> sums.
     """
 
-    config: dict[str, Any]
-    workdir: pathlib.Path
-    data: pipelines.TextDataset
     model: Model
     mesh: Mesh
     rules: Rules
@@ -62,6 +56,21 @@ class Run:
     def place(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         """A host batch on the devices."""
         return mesh_lib.place(batch, self.mesh, self.rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Program):
+    """A resolved run.
+
+    Attributes:
+      config: plain nested dicts without open ends (vocabulary, horizon of the schedule).
+      workdir: where it lives.
+      data: documents and tokenizer.
+    """
+
+    config: dict[str, Any]
+    workdir: pathlib.Path
+    data: pipelines.TextDataset
 
     def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
         """The checkpoints of the workdir."""
@@ -126,26 +135,29 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
     # Names and options are looked at before the data is prepared, which may take a while.
     plain = resolve(config, 1)
     _model(plain)
-    objective_name, objective_options = config_lib.options(plain["objective"])
-    objective = objectives.create(objective_name, **objective_options)
+    _objective(plain)
     mesh, rules = mesh_lib.make(plain)
     optimizer_lib.make_schedule(plain["optimizer"])
 
     data = data_lib.prepare(config, workdir)
     plain = resolve(config, data.tokenizer.vocab_size)
+    program = assemble(plain, mesh, rules)
+    fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
+    return Run(config=plain, workdir=workdir, data=data, **fields)
+
+
+def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
+    """The functions of a resolved config on a mesh; nothing is compiled or allocated yet."""
     model = _model(plain)
     optimizer, schedule = optimizer_lib.make(plain["optimizer"], model.param_specs())
     ema = plain["ema_decay"] > 0
-    loss = step_lib.language_model_loss(model, objective, plain["implementation"])
+    loss = step_lib.language_model_loss(model, _objective(plain), plain["implementation"])
     init = functools.partial(step_lib.init_state, model, optimizer, seed=plain["seed"], ema=ema)
     shardings = step_lib.state_shardings(model, optimizer, mesh, rules, ema=ema)
     train_step = step_lib.make_train_step(
         loss, optimizer, schedule, accumulation=plain["accumulation"], ema_decay=plain["ema_decay"]
     )
-    return Run(
-        config=plain,
-        workdir=workdir,
-        data=data,
+    return Program(
         model=model,
         mesh=mesh,
         rules=rules,
@@ -162,3 +174,8 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
 def _model(config: dict[str, Any]) -> Model:
     name, given = config_lib.options(config["model"])
     return create(name, **given)
+
+
+def _objective(config: dict[str, Any]) -> objectives.Objective:
+    name, given = config_lib.options(config["objective"])
+    return objectives.create(name, **given)

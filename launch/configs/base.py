@@ -51,4 +51,12 @@ def get_config() -> ml_collections.ConfigDict:
         "top_k": 40,
         "top_p": 1.0,
     }
+    config.topology = config_dict.placeholder(
+        str
+    )  # of mode=compile: "v5p:8x8x8", "v5e:16x16", ...; None = this machine
+    config.benchmark = {  # suites: of launch/benchmark.py. lengths: of the samba suite
+        "suites": ("mamba-130m", "llama-135m", "samba"),
+        "repeats": 5,
+        "lengths": (1024, 4096, 16384, 65536),
+    }
     return config
