@@ -9,6 +9,7 @@ import jax
 from launch import run as run_lib
 from launch.config import ConfigError
 from launch.run import Run
+from zoo.core import sharding
 from zoo.decoding import Generation, Sampling, generate
 
 
@@ -25,7 +26,8 @@ def sample(run: Run, params: Any) -> list[Generation]:
         raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
     tokenizer = run.data.tokenizer
     ids = [[tokenizer.bos_id, *map(int, tokenizer.encode(text))] for text in prompts]
-    with run.active():
+    # There are a few prompts, and any number of devices: their rows are not split.
+    with sharding.use(run.mesh, {**run.rules, "batch": None}):
         return generate(
             run.model,
             params,
