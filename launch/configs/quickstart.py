@@ -1,14 +1,14 @@
 """A Samba (Mamba and sliding-window attention) on the source code of Python's standard library, in minutes on a CPU."""
 
-import ml_collections
+from typing import Any
 
 from launch.configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Any:
     """Width 128, two blocks, byte-level BPE with 4096 ids."""
     config = base.get_config()
-    config.steps = 600
+    config.steps = 450
     config.batch_size = 8
     config.sequence_length = 256
     config.model = {
@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.1
     config.optimizer.schedule = {"name": "wsd", "warmup_steps": 30, "decay_fraction": 0.4, "steps": None}
     config.data.tokenizer = {"name": "bpe", "vocab_size": 4096}
-    config.checkpoint.every = 200
-    config.evaluate.every = 200
+    config.checkpoint.every = 150
+    config.evaluate.every = 150
     config.evaluate.batches = 16
     return config
