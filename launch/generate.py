@@ -24,7 +24,7 @@ def sample(run: Run, params: Any) -> list[Generation]:
     prompts = options["prompts"]
     if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
-    tokenizer = run.data.tokenizer
+    tokenizer: Any = run.data.tokenizer  # its ids are arrays where decoding's protocol says lists
     ids = [[tokenizer.bos_id, *map(int, tokenizer.encode(text))] for text in prompts]
     # There are a few prompts, and any number of devices: their rows are not split.
     with sharding.use(run.mesh, {**run.rules, "batch": None}):

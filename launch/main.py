@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     if logging.get_verbosity() == logging.INFO:  # what absl sets; --verbosity=1 shows everything
         logging.set_verbosity(logging.WARNING)
     initialise_processes()
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    workdir = pathlib.Path(str(_WORKDIR.value)).expanduser()
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         dispatch(_CONFIG.value, workdir)

@@ -49,7 +49,7 @@ def resolve_axes(axes: Mapping[str, int], devices: int) -> dict[str, int]:
     return sizes
 
 
-def make(config: Any, devices: list[jax.Device] | None = None) -> tuple[Mesh, Rules]:
+def make(config: Any, devices: list[Any] | None = None) -> tuple[Mesh, Rules]:
     """Mesh and rule table of a run config."""
     devices = jax.devices() if devices is None else devices
     mesh = make_mesh(resolve_axes(config["mesh"], len(devices)), devices)

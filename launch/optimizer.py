@@ -12,7 +12,7 @@ from launch.config import ConfigError, options
 from zoo.core.params import Tree, map_specs
 from zoo.core.registry import Registry, check_choice, check_keys
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[Any], Any]  # step -> learning rate
 SCHEDULES: Registry[Callable[..., Schedule]] = Registry("schedule")
 OPTIMIZERS: Registry[Callable[..., optax.GradientTransformation]] = Registry("optimizer")
 

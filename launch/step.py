@@ -1,5 +1,6 @@
 """The training state and the step."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -142,7 +143,7 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
-        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
         metrics = {
             "loss": mean,

@@ -19,7 +19,7 @@ from launch import evaluate as evaluate_lib
 from launch import flops as flops_lib
 from launch import generate as generate_lib
 from launch import run as run_lib
-from launch.checkpoints import Checkpoints
+from launch.checkpoints import METRIC, Checkpoints
 from launch.metrics import Report
 from launch.plots import plot_loss
 from launch.run import Run, evaluation_params
@@ -86,7 +86,7 @@ class Pending:
     def _stop(self, step: int, batch: dict[str, np.ndarray], values: dict[str, float]) -> None:
         index = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._run.workdir / f"nan_batch_step_{step}{index}.npz"
-        np.savez(path, **batch)
+        np.savez(path, allow_pickle=False, **batch)
         facts = ", ".join(f"{key} {values[key]}" for key in ("loss", "grad_norm", "param_norm"))
         raise NotFiniteError(
             f"step {step} is not finite ({facts}); its update was not applied, its batch is in {path}, "
@@ -136,9 +136,11 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
             batch = next(iterator, None)
             if batch is None:
                 raise config_lib.ConfigError(
-                    f"the data ends after {step} of {config['steps']} steps; raise config.data.epochs or lower config.steps"
+                    f"the data ends after {step} of {config['steps']} steps; "
+                    "raise config.data.epochs or lower config.steps"
                 )
-            with run.active():
+            # Nothing but the batch goes to the devices, and nothing comes back before the metrics are read.
+            with run.active(), jax.transfer_guard("disallow"):
                 state, metrics = run.train_step(state, run.place(batch))
             step += 1
             pending.add(step, batch, metrics)
@@ -146,15 +148,15 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
             stopped = _must_stop(stop, step)
             evaluated = _due(step, config["evaluate"]["every"])
             save = evaluated or stopped or step == config["steps"] or _due(step, config["checkpoint"]["every"])
-            row = pending.read(keep=0 if save else 1)
-            if evaluated:
+            row, validated = pending.read(keep=0 if save else 1), None
+            if evaluated and row is not None:
                 result = evaluate_lib.evaluate(run, evaluation_params(state), config["evaluate"]["batches"])
                 row |= {f"validation_{key}": result[key] for key in ("loss", "bits_per_byte")}
                 report.say(f"step {step}/{config['steps']}  validation bits per byte {result['bits_per_byte']:.4f}")
+                validated = {METRIC: result["bits_per_byte"]}
             if row is not None:
                 report.write(row)
             if save:  # after the row is on disk: metrics.csv never lacks a step that a checkpoint has
-                validated = {"bits_per_byte": result["bits_per_byte"]} if evaluated else None
                 checkpoints.save(step, state, iterator, validated)
                 report.meter.pause()
     finally:

@@ -4,12 +4,14 @@
 options of whatever their `name` names; every other key must be one of these.
 """
 
+from typing import Any
+
 import ml_collections
 from ml_collections import config_dict
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """A tiny Samba on bytes of the standard library; data only, every value can be overridden."""
+def get_config() -> Any:
+    """A tiny Samba on bytes of the standard library, an ml_collections.ConfigDict: data only, all of it overridable."""
     config = ml_collections.ConfigDict()
     config.mode = "train"  # train, evaluate, generate, compile, benchmark
     config.seed = 0
@@ -45,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluate = {"every": 500, "batches": 0, "checkpoint": "last"}
     config.log = {"every": 10, "tensorboard": True}  # every: steps between lines where there is no terminal
     config.generate = {
-        "prompts": ("def ", "import ", "class "),
+        "prompts": ("def", "import", "class"),
         "max_tokens": 128,
         "temperature": 0.8,
         "top_k": 40,

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,13 +83,11 @@ def test_resumes_bitwise(sent, texts, finished, tmp_path):
 
 
 def test_goes_back_when_the_newest_checkpoint_is_damaged(texts, finished, tmp_path):
-    config = tiny.get_config(str(texts))
-    config.optimizer.schedule.steps = 60
-    config.steps = 40
-    train.run(config, tmp_path)
-    for path in (tmp_path / "checkpoints/40/state").rglob("*"):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for path in (workdir / "checkpoints/60/state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    config.steps = 60  # a longer run with the same schedule is no other run
-    train.run(config, tmp_path)
-    assert_equal_runs(config, finished, tmp_path)
+    config = tiny.get_config(str(texts))
+    train.run(config, workdir)
+    assert_equal_runs(config, finished, workdir)

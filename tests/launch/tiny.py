@@ -39,7 +39,7 @@ def get_config(folder: str):
 def write_texts(folder: pathlib.Path) -> None:
     """Sixty files of sentences over a few words: easy to learn, not to memorise."""
     rng = np.random.default_rng(0)
-    words = "the a cat dog tree sees likes eats red green small".split()
+    words = ["the", "a", "cat", "dog", "tree", "sees", "likes", "eats", "red", "green", "small"]
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(60):
         sentences = [" ".join(rng.choice(words, size=rng.integers(3, 9))) + ".\n" for _ in range(rng.integers(1, 12))]

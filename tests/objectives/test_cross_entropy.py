@@ -130,7 +130,7 @@ def test_errors_name_the_nearest():
         objectives.create("cross_entropy", zloss=0.1)
     with pytest.raises(ValueError, match="label_smoothing must be in"):
         objectives.create("cross_entropy", label_smoothing=1.0)(*draw())
+    logits, targets, mask = draw()
     with pytest.raises(ValueError, match=r"targets and loss_mask of shape \(2, 5\)"):
-        logits, targets, mask = draw()
         objectives.cross_entropy(logits, targets[:, :-1], mask)
     assert "cross_entropy" in objectives.list_objectives()
