@@ -279,7 +279,7 @@ def _temporary(model: Model, length: int) -> float:
     abstract = params_lib.abstract(model.param_specs()), params_lib.abstract(model.state_specs(1, length))
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     call = jax.jit(lambda p, t, s: model.apply(p, t, state=s, logits="last"))
-    analysis = call.lower(abstract[0], tokens, abstract[1]).compile().memory_analysis()
+    analysis: Any = call.lower(abstract[0], tokens, abstract[1]).compile().memory_analysis()
     return float(analysis.temp_size_in_bytes)
 
 

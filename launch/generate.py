@@ -10,15 +10,16 @@ from launch import run as run_lib
 from launch.config import ConfigError
 from launch.run import Run
 from zoo.core import sharding
-from zoo.decoding import Generation, Sampling, generate
+from zoo.decoding import Callback, Generation, Sampling, generate, terminal
 
 
-def sample(run: Run, params: Any) -> list[Generation]:
+def sample(run: Run, params: Any, on_tokens: Callback | None = None) -> list[Generation]:
     """Continues the prompts of config.generate; each starts a document.
 
     Args:
       run: the run.
       params: parameters on the run's mesh.
+      on_tokens: called with (row, new tokens, new text) as they come.
     """
     options = run.config["generate"]
     prompts = options["prompts"]
@@ -33,16 +34,18 @@ def sample(run: Run, params: Any) -> list[Generation]:
             params,
             ids,
             max_new_tokens=options["max_tokens"],
-            sampling=Sampling(temperature=options["temperature"], top_k=options["top_k"], top_p=options["top_p"]),
+            sampling=Sampling(**{name: options[name] for name in ("temperature", "top_k", "top_p", "min_p")}),
+            stop=tuple(options["stop"]),
+            on_tokens=on_tokens,
             key=jax.random.key(run.config["seed"]),
             tokenizer=tokenizer,
             implementation=run.config["implementation"],
         )
 
 
-def write_samples(run: Run, params: Any, step: int) -> str:
+def write_samples(run: Run, params: Any, step: int, on_tokens: Callback | None = None) -> str:
     """Writes samples.md, one section per prompt, and returns it."""
-    generations = sample(run, params)
+    generations = sample(run, params, on_tokens)
     parts = [f"# Samples of {run.config['model']['name']} at step {step}\n"]
     for prompt, generation in zip(run.config["generate"]["prompts"], generations, strict=True):
         text = prompt + (generation.text or "")
@@ -55,9 +58,12 @@ def write_samples(run: Run, params: Any, step: int) -> str:
 
 
 def run(config: Any, workdir: pathlib.Path) -> None:
-    """mode=generate: continues the prompts with a checkpoint of the workdir."""
+    """mode=generate: continues the prompts with a checkpoint of the workdir; a single prompt's text streams."""
     this = run_lib.build(config, workdir)
     step, params = this.restore_params()
-    samples = write_samples(this, params, step)
+    stream = len(this.config["generate"]["prompts"]) == 1 and jax.process_index() == 0
+    if stream:
+        print(this.config["generate"]["prompts"][0], end="", flush=True)
+    samples = write_samples(this, params, step, terminal() if stream else None)
     if jax.process_index() == 0:
-        print(samples)
+        print() if stream else print(samples)

@@ -52,6 +52,8 @@ def get_config() -> Any:
         "temperature": 0.8,
         "top_k": 40,
         "top_p": 1.0,
+        "min_p": 0.0,
+        "stop": (),  # texts that end a sample
     }
     config.topology = config_dict.placeholder(
         str

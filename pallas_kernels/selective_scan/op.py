@@ -115,9 +115,7 @@ def _forward(dt_softplus, chunk_size, implementation, *arrays):
 def _backward(dt_softplus, chunk_size, implementation, residuals, cotangents):
     arrays, boundaries = residuals
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size}
-    gradients = dispatch.run(
-        "selective_scan", BACKWARD, implementation, *arrays, boundaries, *cotangents, **static
-    )
+    gradients = dispatch.run("selective_scan", BACKWARD, implementation, *arrays, boundaries, *cotangents, **static)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

@@ -97,9 +97,7 @@ def _clear(reset_t, h):
 
 def _write(buffer, value, start):
     """Puts time-first `value` [C, B, ...] into `buffer` [B, T, ...]."""
-    return lax.dynamic_update_slice_in_dim(
-        buffer, jnp.swapaxes(value, 0, 1).astype(buffer.dtype), start, axis=1
-    )
+    return lax.dynamic_update_slice_in_dim(buffer, jnp.swapaxes(value, 0, 1).astype(buffer.dtype), start, axis=1)
 
 
 def _scan_chunk(tokens: Tokens, A_nd, h, history=None, *, outputs: bool):
@@ -155,9 +153,7 @@ def _finish(y, D, t: Tokens):
     return y if t.valid is None else jnp.where(t.valid, y, 0.0)
 
 
-def forward(
-    x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: bool, chunk_size: int, save: bool
-):
+def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: bool, chunk_size: int, save: bool):
     """Returns (y [B, T, Di], new_state [B, Di, N], boundaries), arguments as in `selective_scan`.
 
     `boundaries` is float32 [B, ceil(T / chunk_size), N, Di], the state before each chunk; None unless `save`.
@@ -271,9 +267,7 @@ def backward(
             sums["dt_bias"] = sums["dt_bias"] + _sum_tokens(ddt)
         return dh, history, sums, {name: _write(buffer, new[name], start) for name, buffer in out.items()}
 
-    out = {
-        n: jnp.zeros_like(v) for n, v in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z)) if v is not None
-    }
+    out = {n: jnp.zeros_like(v) for n, v in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z)) if v is not None}
     zero = jnp.zeros((channels,), jnp.float32)
     sums: dict[str, Any] = {n: zero for n, v in (("D", D), ("dt_bias", dt_bias)) if v is not None}
     sums["A"] = jnp.zeros((batch, *A_nd.shape), jnp.float32)

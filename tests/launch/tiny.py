@@ -32,7 +32,7 @@ def get_config(folder: str):
     config.evaluate.every = 20
     config.evaluate.batches = 2
     config.checkpoint.every = 5
-    config.generate = {"prompts": ("the ", "`a"), "max_tokens": 8, "temperature": 1.0, "top_k": 8, "top_p": 1.0}
+    config.generate.update(prompts=("the ", "`a"), max_tokens=8, temperature=1.0, top_k=8)
     return config
 
 

@@ -1,10 +1,11 @@
 """Generation: sampling, ragged batches, chunked prefill, stop strings, streaming."""
 
-from zoo.decoding.generate import Generation, generate, prefill, prepare
+from zoo.decoding.generate import Callback, Generation, generate, prefill, prepare
 from zoo.decoding.logits import Sampling, min_p, process, row_keys, sample, temperature, top_k, top_p
 from zoo.decoding.text import TextStream, Tokenizer, terminal
 
 __all__ = [
+    "Callback",
     "Generation",
     "Sampling",
     "TextStream",
