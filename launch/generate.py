@@ -1,5 +1,6 @@
 """Continuations of prompts by a trained model."""
 
+import math
 import pathlib
 import re
 from typing import Any
@@ -21,21 +22,36 @@ def sample(run: Run, params: Any) -> list[Generation]:
     """
     options = run.config["generate"]
     prompts = options["prompts"]
-    if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
     tokenizer: Any = run.data.tokenizer  # its ids are arrays where decoding's protocol says lists
     ids = [[tokenizer.bos_id, *map(int, tokenizer.encode(text))] for text in prompts]
+    if jax.process_count() > 1:
+        raise ConfigError("mode=generate runs in one process; restore the checkpoint there")
+    # Rows do not influence each other: some are repeated so that they split evenly over the devices.
+    ways = math.prod(run.mesh.shape[axis] for axis in _axes(run.rules.get("batch")))
+    rows = ids + [ids[0]] * (-len(ids) % ways)
     with run.active():
-        return generate(
+        generations = generate(
             run.model,
             params,
-            ids,
+            rows,
             max_new_tokens=options["max_tokens"],
             sampling=Sampling(temperature=options["temperature"], top_k=options["top_k"], top_p=options["top_p"]),
             key=jax.random.key(run.config["seed"]),
             tokenizer=tokenizer,
             implementation=run.config["implementation"],
         )
+    return generations[: len(ids)]
+
+
+def _axes(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (target,) if isinstance(target, str) else target or ()
+
+
+def check(config: dict[str, Any]) -> None:
+    """Raises ConfigError when config.generate holds no prompts."""
+    prompts = config["generate"]["prompts"]
+    if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) and text for text in prompts):
+        raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
 
 
 def write_samples(run: Run, params: Any, step: int) -> str:
@@ -54,6 +70,7 @@ def write_samples(run: Run, params: Any, step: int) -> str:
 
 def run(config: Any, workdir: pathlib.Path) -> None:
     """mode=generate: continues the prompts with a checkpoint of the workdir."""
+    check(config)
     this = run_lib.build(config, workdir)
     step, params = this.restore_params()
     samples = write_samples(this, params, step)
