@@ -26,7 +26,7 @@ MODELS = {
     "mamba": functools.partial(zoo.create, "mamba-tiny", vocab_size=60, width=32, layers=2),
     "llama": functools.partial(zoo.create, "llama-tiny", **SIZES, max_length=64),
 }
-PROMPTS = [[5, 3, 9], [7] * 4 + list(range(10, 21)), [42], list(range(30, 52)), [1, 2]]
+PROMPTS = [[5, 3, 9], [7] * 4 + list(range(10, 21)), [42], list(range(30, 52)), [1, 2, 2]]
 NEW = 20
 
 
@@ -77,12 +77,11 @@ def test_greedy_is_the_argmax_of_the_full_forward(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_alone_equals_the_row_in_a_ragged_batch(name):
     model, params = model_and_params(name)
-    for row in (1, 2):
-        (alone,) = generate(model, params, [PROMPTS[row]], max_new_tokens=NEW, sampling=GREEDY)
-        assert alone.tokens == together(name)[row].tokens
+    (alone,) = generate(model, params, PROMPTS[1:2], max_new_tokens=NEW, sampling=GREEDY)
+    assert alone.tokens == together(name)[1].tokens
 
 
-@pytest.mark.parametrize("options", [{"prefill_chunk": 1}, {"prefill_chunk": 5, "block": 7}, {"block": 1}])
+@pytest.mark.parametrize("options", [{"prefill_chunk": 1, "block": 1}, {"prefill_chunk": 5, "block": 7}])
 def test_chunk_and_block_do_not_matter(options):
     model, params = model_and_params("samba")
     got = generate(model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY, **options)
@@ -120,8 +119,8 @@ def test_sampling_is_reproducible_and_rows_are_independent():
     assert tokens == [r.tokens for r in run(PROMPTS, key=jax.random.key(7), block=3)]
     assert tokens != [r.tokens for r in run(PROMPTS, key=jax.random.key(8))]
     assert tokens[0] == run(PROMPTS[:1], key=jax.random.key(7))[0].tokens
-    key = jax.random.fold_in(jax.random.key(7), 3)[None]
-    assert tokens[3] == run(PROMPTS[3:4], key=key)[0].tokens
+    key = jax.random.fold_in(jax.random.key(7), 4)[None]
+    assert tokens[4] == run(PROMPTS[4:], key=key)[0].tokens
 
 
 def test_first_and_second_tokens_follow_the_model():
@@ -162,14 +161,15 @@ def test_padding_leaves_the_state_of_rows_alone():
     """A row whose prompt has ended, and a row that is done, keep their state to the bit."""
     model, params = model_and_params("samba")
     state, logits = prefill(model, params, [[5, 3, 9], list(range(40))], prefill_chunk=8)
-    alone, alone_logits = prefill(model, params, [[5, 3, 9], [1, 2]], prefill_chunk=8)
+    alone, alone_logits = prefill(model, params, [[5, 3, 9], [1, 2, 2, 1, 0]], prefill_chunk=8)
     row = lambda tree: jax.tree.map(lambda a: np.asarray(a[:, 0]), tree.layers)  # noqa: E731
     chex.assert_trees_all_close(row(state), row(alone), atol=STATE_TOLERANCE)
     chex.assert_trees_all_close(logits[0], alone_logits[0], atol=STATE_TOLERANCE)
     before = row(state)
     poisoned = {**params, "embedding": params["embedding"].at[59].set(jnp.nan)}
     ctx = SeqContext(state.next_position[:, None], jnp.array([[0], [1]]))
-    after = model.apply(poisoned, jnp.array([[59], [4]]), ctx=ctx, state=state, logits="none").state
+    apply = jax.jit(functools.partial(model.apply, logits="none"))
+    after = apply(poisoned, jnp.array([[59], [4]]), ctx=ctx, state=state).state
     chex.assert_trees_all_equal(row(after), before)
     np.testing.assert_array_equal(after.next_position, [3, 41])
 
@@ -242,7 +242,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
 def test_texts_are_encoded():
     model, params = model_and_params("samba")
     run = functools.partial(generate, model, params, max_new_tokens=3, sampling=GREEDY, tokenizer=PieceTokenizer(60))
-    assert run(["abca"]) == run([[0, 1, 2, 0]])
+    assert run(["abcabbcab"]) == run([[0, 1, 2, 0, 1, 1, 2, 0, 1]])
     assert run([]) == []
 
 
@@ -258,14 +258,14 @@ def test_similar_calls_compile_once():
     run([[1] * 6, [2] * 7], max_new_tokens=2, eos_id=4)
     after = _prefill_chunk._cache_size(), _decode_block._cache_size()
     assert after[0] - before[0] == 1
-    assert after[1] - before[1] <= 2  # with and without ids that end a row
+    assert after[1] - before[1] == 1
 
 
 def test_not_finite_logits_are_an_error():
     model, params = model_and_params("llama")
     broken = {**params, "embedding": params["embedding"].at[42, 0].set(jnp.nan)}
     with pytest.raises(FloatingPointError, match="row 2: the logits of new token 0"):
-        generate(model, broken, [[1], [2], [42]], max_new_tokens=2, sampling=GREEDY)
+        generate(model, broken, PROMPTS, max_new_tokens=2, sampling=GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -298,10 +298,9 @@ def test_bad_input_is_named_at_the_door(options, message, monkeypatch):
 
 
 def test_recurrent_models_have_no_longest_length():
-    _, params = model_and_params("samba")
-    long = zoo.create("samba-tiny", **SIZES, window=6, max_length=4)
-    want = [r.tokens for r in together("samba")]
-    assert [r.tokens for r in generate(long, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY)] == want
+    model, params = model_and_params("samba")
+    got = generate(model, params, PROMPTS, max_new_tokens=NEW, sampling=GREEDY, max_length=4)
+    assert [r.tokens for r in got] == [r.tokens for r in together("samba")]
 
 
 def test_samba_state_has_one_size_at_any_length():

@@ -108,9 +108,9 @@ def generate(
     )
     params = prepare(model, params, unrolled=unrolled)
     if _is_unrolled(params) and not isinstance(state.layers, tuple):
-        state = _unroll_state(state, model.config)
+        state = unroll(state, model.config)
     rows = [_Row(b, max_new_tokens, frozenset(ends), _stream(tokenizer, stops), on_tokens) for b in range(len(ids))]
-    end_array, step = jnp.asarray(ends, jnp.int32), 0
+    end_array, step = np.array(ends + (-1,) * (4 - len(ends)), np.int32), 0  # padded: one program for any few ids
     while not all(row.finish_reason for row in rows):
         done = np.array([row.finish_reason is not None for row in rows])
         state, logits, out = _decode_block(
@@ -149,28 +149,20 @@ def prepare(model: Model, params: Tree, *, unrolled: bool | None = None) -> Tree
     """
     if _is_unrolled(params):
         return params
-    unrolled = jax.default_backend() == "cpu" if unrolled is None else unrolled
-    return _prepare(params, model=model, unrolled=unrolled)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "unrolled"))
-def _prepare(params, *, model: Model, unrolled: bool):
     dtype = jnp.dtype(model.config.dtype)
 
     def cast(spec: Any, leaf: Any) -> Any:
         return leaf if spec.inputs == 0 or is_weight(leaf) else leaf.astype(dtype)
 
     params = jax.tree.map(cast, model.param_specs(), params, is_leaf=is_spec)
+    unrolled = jax.default_backend() == "cpu" if unrolled is None else unrolled
     return unroll(params, model.config) if unrolled else params
 
 
-@functools.partial(jax.jit, static_argnames=("model", "batch_size", "capacity", "unrolled"))
-def _fresh_state(*, model: Model, batch_size: int, capacity: int | None, unrolled: bool):
-    state = model.init_state(batch_size, capacity)
-    return unroll(state, model.config) if unrolled else state
-
-
-_unroll_state = jax.jit(unroll, static_argnums=1)
+@functools.partial(jax.jit, static_argnames=("model", "batch_size", "capacity"))
+def _fresh_state(*, model: Model, batch_size: int, capacity: int | None):
+    """`init_state`, compiled once per shape."""
+    return model.init_state(batch_size, capacity)
 
 
 def _is_unrolled(params: Tree) -> bool:
@@ -204,7 +196,9 @@ def prefill(
     padded = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    state = _fresh_state(model=model, batch_size=len(prompts), capacity=capacity, unrolled=_is_unrolled(params))
+    state = _fresh_state(model=model, batch_size=len(prompts), capacity=capacity)
+    if _is_unrolled(params):
+        state = unroll(state, model.config)
     logits = jnp.zeros((len(prompts), model.config.vocab_size), jnp.float32)
     for start in range(0, padded.shape[1], chunk):
         tokens = padded[:, start : start + chunk]
@@ -378,8 +372,10 @@ def _check_length(ids: list[list[int]], model: Model, max_new_tokens: int, max_l
     """The capacity of the state; raises when a row cannot fit."""
     row = max(range(len(ids)), key=lambda b: len(ids[b]))
     needed = len(ids[row]) + max_new_tokens
+    if nbytes(model.state_specs(1, 1)) == nbytes(model.state_specs(1, 2)):
+        return model.config.max_length  # nothing in the state grows: one shape for all lengths
     limit = model.config.max_length if max_length is None else max_length
-    if needed > limit and nbytes(model.state_specs(1, 1)) != nbytes(model.state_specs(1, 2)):
+    if needed > limit:
         raise ValueError(
             f"generate: prompts[{row}] has {len(ids[row])} tokens and max_new_tokens={max_new_tokens}, together "
             f"{needed} positions, but max_length is {limit} and {model.name!r} has attention without a window; "
@@ -388,7 +384,7 @@ def _check_length(ids: list[list[int]], model: Model, max_new_tokens: int, max_l
         )
     if max_length is not None:
         return max_length
-    return min(-(-needed // CAPACITY_STEP) * CAPACITY_STEP, max(limit, needed))
+    return min(-(-needed // CAPACITY_STEP) * CAPACITY_STEP, limit)
 
 
 def _check_ends(eos_id: int | Sequence[int] | None, model: Model, tokenizer: Tokenizer | None) -> tuple[int, ...]:
