@@ -23,8 +23,6 @@ def sample(run: Run, params: Any, on_tokens: Callback | None = None) -> list[Gen
     """
     options = run.config["generate"]
     prompts = options["prompts"]
-    if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
     tokenizer: Any = run.data.tokenizer  # its ids are arrays where decoding's protocol says lists
     ids = [[tokenizer.bos_id, *map(int, tokenizer.encode(text))] for text in prompts]
     # There are a few prompts, and any number of devices: their rows are not split.
@@ -43,6 +41,13 @@ def sample(run: Run, params: Any, on_tokens: Callback | None = None) -> list[Gen
         )
 
 
+def check(config: dict[str, Any]) -> None:
+    """Raises ConfigError when config.generate holds no prompts."""
+    prompts = config["generate"]["prompts"]
+    if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) and text for text in prompts):
+        raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
+
+
 def write_samples(run: Run, params: Any, step: int, on_tokens: Callback | None = None) -> str:
     """Writes samples.md, one section per prompt, and returns it."""
     generations = sample(run, params, on_tokens)
@@ -59,6 +64,9 @@ def write_samples(run: Run, params: Any, step: int, on_tokens: Callback | None =
 
 def run(config: Any, workdir: pathlib.Path) -> None:
     """mode=generate: continues the prompts with a checkpoint of the workdir; a single prompt's text streams."""
+    check(config)
+    if jax.process_count() > 1:
+        raise ConfigError("mode=generate runs in one process; restore the checkpoint there")
     this = run_lib.build(config, workdir)
     step, params = this.restore_params()
     stream = len(this.config["generate"]["prompts"]) == 1 and jax.process_index() == 0

@@ -173,7 +173,6 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
     params = evaluation_params(state)
     result = evaluate_lib.evaluate(run, params)
     table = evaluate_lib.compare(run, result["bits_per_byte"])
-    generate_lib.write_samples(run, params, facts["step"])
     if jax.process_index() != 0:
         return
     rate, kind = facts["tokens_per_second"], jax.devices()[0].device_kind
@@ -193,11 +192,16 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
     }
     config_lib.write_json(run.workdir / "summary.json", summary)
     print(f"bits per byte {result['bits_per_byte']:.4f}; {run.workdir / 'summary.json'}")
+    if jax.process_count() > 1:
+        print("no samples.md: samples need one process, use --config.mode=generate")
+    else:
+        generate_lib.write_samples(run, params, facts["step"])
 
 
 def run(config: Any, workdir: pathlib.Path) -> None:
     """mode=train: trains, or goes on where the workdir's run was stopped, to config.steps; then reports."""
     began = time.perf_counter()
+    generate_lib.check(config)
     with sigterm_event() as stop:
         this = run_lib.build(config, workdir)
         finished = train(this, stop)
