@@ -1,0 +1,124 @@
+"""The selective scan: arguments, gradient and choice of implementation."""
+
+import functools
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_array
+from pallas_kernels.selective_scan import reference, xla
+
+DEFAULT_CHUNK_SIZE = 32
+
+FORWARD = {"xla": xla.forward}
+BACKWARD = {"xla": xla.backward}
+NAMES = ("reference", *FORWARD)
+
+
+def selective_scan(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    state: jax.Array | None = None,
+    *,
+    dt_softplus: bool = False,
+    reset: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the selective state-space recurrence of Mamba over a sequence.
+
+    With dt = softplus(dt + dt_bias) when `dt_softplus` (else dt + dt_bias):
+
+      h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,    y_t = (sum_n C_t[n] h_t[:, n] + D x_t) silu(z_t)
+
+    State and arithmetic are float32. Exponents stay non-positive as long as A <= 0 and dt >= 0. Training keeps the
+    states at the chunk boundaries only, B * ceil(T / chunk_size) * Di * N floats, and recomputes the others.
+
+    Args:
+      x: [B, T, Di] input, float32, bfloat16 or float16 (as all floating arguments but `state`), any T >= 1.
+      dt: [B, T, Di] step sizes.
+      A: [Di, N] negative decay rates.
+      B: [B, T, N] input maps.
+      C: [B, T, N] output maps.
+      D: [Di] skip weights, or None for no skip.
+      z: [B, T, Di] gate, or None for no gate.
+      dt_bias: [Di], added to dt before the softplus, or None.
+      state: float32 [B, Di, N] state to continue from, or None for zeros.
+      dt_softplus: whether dt goes through a softplus.
+      reset: bool [B, T], True where the carried state is dropped before the token (a document starts), or None.
+      valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold there is
+        ignored, `reset` included. None when there is no padding.
+      chunk_size: tokens between two saved states; None takes 32.
+      implementation: "reference", "xla" or None for the platform's priority.
+
+    Returns:
+      y: [B, T, Di] in the dtype of x.
+      new_state: float32 [B, Di, N], the state after the last valid token.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value.
+      UnsupportedError: the named implementation does not serve this call.
+
+    Reference: Gu and Dao, arXiv:2312.00752, algorithm 2.
+    """
+    dispatch.check_implementation("selective_scan", implementation, dict.fromkeys(NAMES))
+    _check(x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"selective_scan: chunk_size must be an int >= 1 or None, got {chunk_size!r}")
+    if reset is not None and valid is not None:
+        reset = reset & valid
+    arrays = (x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
+    if implementation == "reference":
+        return reference.forward(*arrays, dt_softplus=dt_softplus)
+    chunk = min(chunk_size or DEFAULT_CHUNK_SIZE, x.shape[1])
+    return _selective_scan(bool(dt_softplus), chunk, implementation, *arrays)
+
+
+def _check(x, dt, A, B, C, D, z, dt_bias, state, reset, valid) -> None:
+    sizes: dict[str, int] = {}
+    check = functools.partial(check_array, "selective_scan", sizes=sizes)
+    check("x", x, "B T Di")
+    if sizes["T"] < 1:
+        raise ValueError(f"selective_scan: x must have at least one token, got shape {tuple(x.shape)}")
+    check("dt", dt, "B T Di")
+    check("A", A, "Di N")
+    check("B", B, "B T N")
+    check("C", C, "B T N")
+    check("D", D, "Di")
+    check("z", z, "B T Di")
+    check("dt_bias", dt_bias, "Di")
+    check("state", state, "B Di N", dtypes=("float32",))
+    check("reset", reset, "B T", dtypes=("bool",))
+    check("valid", valid, "B T", dtypes=("bool",))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _selective_scan(dt_softplus, chunk_size, implementation, *arrays):
+    static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": False}
+    y, new_state, _ = dispatch.run("selective_scan", FORWARD, implementation, *arrays, **static)
+    return y, new_state
+
+
+def _forward(dt_softplus, chunk_size, implementation, *arrays):
+    static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": True}
+    y, new_state, boundaries = dispatch.run("selective_scan", FORWARD, implementation, *arrays, **static)
+    return (y, new_state), (arrays, boundaries)
+
+
+def _backward(dt_softplus, chunk_size, implementation, residuals, cotangents):
+    arrays, boundaries = residuals
+    static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size}
+    gradients = dispatch.run(
+        "selective_scan", BACKWARD, implementation, *arrays, boundaries, *cotangents, **static
+    )
+    return (*gradients, None, None)  # reset and valid are not differentiable
+
+
+_selective_scan.defvjp(_forward, _backward)
