@@ -186,9 +186,7 @@ def test_packed_documents_equal_separate_calls(small_blocks):
     parts, start = [], 0
     for length in lengths:
         cut = slice(start, start + length)
-        parts.append(
-            run(*(x[:, cut] for x in (q, k, v)), "xla", tuple(x[:, cut] for x in cotangents), window=window)
-        )
+        parts.append(run(*(x[:, cut] for x in (q, k, v)), "xla", tuple(x[:, cut] for x in cotangents), window=window))
         start += length
     separate = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
     jax.tree.map(lambda a, b: assert_close(a, b, F32_GRAD_TOLERANCE), packed, separate)
@@ -234,9 +232,7 @@ def test_a_ring_with_documents(small_blocks):
     kv_documents = jnp.where(kv_positions < 0, -1, 0)
     # Row 0 continues for 6 tokens, then a new document starts, then padding; row 1 starts with padding.
     q_documents = np.array([[0] * 6 + [1] * 9 + [-1] * 5, [-1] * 3 + [0] * 10 + [1] * 7], np.int32)
-    q_positions = np.array(
-        [[*range(40, 46), *range(9), *[0] * 5], [*[0] * 3, *range(5, 15), *range(7)]], np.int32
-    )
+    q_positions = np.array([[*range(40, 46), *range(9), *[0] * 5], [*[0] * 3, *range(5, 15), *range(7)]], np.int32)
     q, k, v = draw(6, 2, time, 4, 2, 8, 8, keys=slots)
     q, k, v = poison(q, q_documents), poison(k, kv_documents), poison(v, kv_documents)
     arrays = {"q_positions": q_positions, "q_documents": q_documents}
@@ -265,9 +261,7 @@ def test_ring_part_merged_with_self_part_is_one_pass(small_blocks, past):
 
         options = {"window": window, "return_lse": True}
         q = q[:, past:]
-        ring_part = attention(
-            q, ring(k), ring(v), q_positions=q_positions, kv_positions=kv_positions, **options
-        )
+        ring_part = attention(q, ring(k), ring(v), q_positions=q_positions, kv_positions=kv_positions, **options)
         self_part = attention(q, k[:, past:], v[:, past:], **options)
         return merge(*ring_part, *self_part)
 
@@ -329,9 +323,7 @@ def test_future_and_out_of_window_keys_have_no_influence(small_blocks):
 def test_tiny_shapes(name):
     shape = shapes.TINY[name]
     arrays = {k: x for k, x in shape.arrays().items() if k not in NAMES}
-    q, k, v = draw(
-        1, shape.batch, shape.time, shape.heads, shape.kv_heads, shape.key, shape.value, shape.keys
-    )
+    q, k, v = draw(1, shape.batch, shape.time, shape.heads, shape.kv_heads, shape.key, shape.value, shape.keys)
     if shape.documents:
         documents = packed_documents(shape.batch, shape.time)
         arrays |= {"q_documents": documents, "kv_documents": documents}

@@ -166,6 +166,4 @@ def test_model_shapes_trace(name):
     grads, (y, lse) = jax.eval_shape(jax.grad(loss, has_aux=True), heads, arrays)
     assert (y.shape, y.dtype) == ((shape.batch, shape.time, shape.heads, shape.value), shape.dtype)
     assert (lse.shape, lse.dtype) == ((shape.batch, shape.time, shape.heads), jnp.float32)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), grads) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), heads
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), grads) == jax.tree.map(lambda x: (x.shape, x.dtype), heads)
