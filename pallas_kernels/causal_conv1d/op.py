@@ -31,25 +31,25 @@ def causal_conv1d(
 
       y_t = activation(bias + sum_{k < W} weight[k] x_{t - W + 1 + k}),    elementwise over channels
 
-    Inputs before the start of a token's document count as zeros; those of a document that is continued come from
-    `state`. Arithmetic is float32.
+    Inputs before the start of a token's document count as zeros; those of a document that is continued come
+    from `state`. Arithmetic is float32.
 
     Args:
       x: [B, T, D] input, float32, bfloat16 or float16 (as `weight` and `bias`), any T >= 1.
       weight: [W, D] filters, W >= 1; the last tap multiplies the current token.
       bias: [D], or None.
-      state: float32 [B, W - 1, D], the last inputs of the document that is continued, oldest first, zeros where there
-        are none; None for a fresh sequence.
+      state: float32 [B, W - 1, D], the last inputs of the document that is continued, oldest first, zeros
+        where there are none; None for a fresh sequence.
       reset: bool [B, T], True at the first token of a document that does not continue the state, or None.
-      valid: bool [B, T], False at padding: y is 0 there, and what x holds there is ignored, `reset` included. Padding
-        that follows a token ends its document. None when there is no padding.
+      valid: bool [B, T], False at padding: y is 0 there, and what x holds there is ignored, `reset` included.
+        Padding that follows a token ends its document. None when there is no padding.
       activation: "silu" or None.
       implementation: "reference", "xla" or None for the platform's priority.
 
     Returns:
       y: [B, T, D] in the dtype of x.
-      new_state: float32 [B, W - 1, D], the last valid inputs of each row's last document, zeros before its start;
-        `state` for a row of padding alone.
+      new_state: float32 [B, W - 1, D], the last valid inputs of each row's last document, zeros before its
+        start; `state` for a row of padding alone.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value.

@@ -1,4 +1,4 @@
-"""Argument sets of the causal convolution: those of published models, and tiny ones that cover the same cases."""
+"""Argument sets of the causal convolution: published models, and tiny ones that cover the same cases."""
 
 import dataclasses
 

@@ -38,8 +38,9 @@ def selective_scan(
 
       h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,    y_t = (sum_n C_t[n] h_t[:, n] + D x_t) silu(z_t)
 
-    State and arithmetic are float32. Exponents stay non-positive as long as A <= 0 and dt >= 0. Training keeps the
-    states at the chunk boundaries only, B * ceil(T / chunk_size) * Di * N floats, and recomputes the others.
+    State and arithmetic are float32. Exponents stay non-positive as long as A <= 0 and dt >= 0. Training
+    keeps only the states at the chunk boundaries, B * ceil(T / chunk_size) * Di * N floats, and recomputes the
+    others.
 
     Args:
       x: [B, T, Di] input, float32, bfloat16 or float16 (as all floating arguments but `state`), any T >= 1.
@@ -52,9 +53,9 @@ def selective_scan(
       dt_bias: [Di], added to dt before the softplus, or None.
       state: float32 [B, Di, N] state to continue from, or None for zeros.
       dt_softplus: whether dt goes through a softplus.
-      reset: bool [B, T], True where the carried state is dropped before the token (a document starts), or None.
-      valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold there is
-        ignored, `reset` included. None when there is no padding.
+      reset: bool [B, T], True where the carried state is dropped before the token, or None.
+      valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold
+        there is ignored, `reset` included. None when there is no padding.
       chunk_size: tokens between two saved states; None takes 32.
       implementation: "reference", "xla" or None for the platform's priority.
 

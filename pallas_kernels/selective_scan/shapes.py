@@ -22,8 +22,8 @@ class ScanShape:
     def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The array arguments by name, as abstract values."""
         tokens = (self.batch, self.time)
-        shapes = {name: (*tokens, self.channels) for name in ("x", "dt", "z")}
-        shapes |= {name: (*tokens, self.states) for name in ("B", "C")}
+        shapes = dict.fromkeys(("x", "dt", "z"), (*tokens, self.channels))
+        shapes |= dict.fromkeys(("B", "C"), (*tokens, self.states))
         arrays = {name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in shapes.items()}
         arrays["A"] = jax.ShapeDtypeStruct((self.channels, self.states), jnp.float32)
         arrays |= {name: jax.ShapeDtypeStruct((self.channels,), jnp.float32) for name in ("D", "dt_bias")}

@@ -1,9 +1,9 @@
 """Selective scan as a loop over chunks of a loop over tokens, with a hand-written backward pass.
 
-The state is kept as [B, N, Di]: channels are contiguous, so one token is a few long vector operations. Within a chunk
-the recurrence is sequential (an associative scan does log C times the work, which a CPU feels), and only the states at
-the chunk boundaries survive for the backward pass, which recomputes the rest chunk by chunk. Whatever is elementwise
-(softplus, skip, gate) is recomputed with the chunk as well, so no array of the size of x outlives one chunk.
+The state is kept as [B, N, Di]: channels are contiguous, so one token is a few long vector operations. Within
+a chunk the recurrence is sequential (an associative scan does log C times the work, which a CPU feels), and only
+the states at the chunk boundaries survive for the backward pass, which recomputes the rest chunk by chunk.
+Whatever is elementwise (softplus, skip, gate) is recomputed with it: no array of the size of x outlives a chunk.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
 
 
 def _sum_states(v: jax.Array) -> jax.Array:
-    """[B, N, Di] -> [B, Di]; as a product with ones, which XLA's CPU backend runs ten times faster than a reduction."""
+    """[B, N, Di] -> [B, Di]; as a product with ones, ten times faster on XLA's CPU than a reduction."""
     return _einsum("bnd,bn->bd", v, jnp.ones(v.shape[:2], v.dtype))
 
 
@@ -66,7 +66,7 @@ def _load(start, length, x, dt, B, C, z, dt_bias, reset, valid, dt_softplus) -> 
 
 
 def _over_chunks(length: int, chunk: int, body, carry, *, reverse: bool = False):
-    """Runs carry = body(index, start, size, carry) over the chunks; the last one may be shorter than `chunk`."""
+    """Runs carry = body(index, start, size, carry) over the chunks; the last one may be shorter."""
     full, tail = divmod(length, chunk)
     if tail and reverse:
         carry = body(full, full * chunk, tail, carry)
@@ -97,7 +97,9 @@ def _clear(reset_t, h):
 
 def _write(buffer, value, start):
     """Puts time-first `value` [C, B, ...] into `buffer` [B, T, ...]."""
-    return lax.dynamic_update_slice_in_dim(buffer, jnp.swapaxes(value, 0, 1).astype(buffer.dtype), start, axis=1)
+    return lax.dynamic_update_slice_in_dim(
+        buffer, jnp.swapaxes(value, 0, 1).astype(buffer.dtype), start, axis=1
+    )
 
 
 def _scan_chunk(tokens: Tokens, A_nd, h, history=None, *, outputs: bool):
@@ -107,8 +109,8 @@ def _scan_chunk(tokens: Tokens, A_nd, h, history=None, *, outputs: bool):
       tokens: the chunk.
       A_nd: [N, Di].
       h: [B, N, Di] state before the chunk.
-      history: buffers (state before the token, decay), [>= C, B, N, Di] each, to be filled for the backward pass, or
-        None. The caller carries them from chunk to chunk: fresh ones would be cleared at every chunk.
+      history: buffers (state before the token, decay), [>= C, B, N, Di] each, to be filled for the backward
+        pass, or None. The caller carries them along: fresh ones would be cleared at every chunk.
       outputs: whether to return C h.
 
     Returns:
@@ -158,7 +160,7 @@ def forward(
 ):
     """Returns (y [B, T, Di], new_state [B, Di, N], boundaries), arguments as in `selective_scan`.
 
-    `boundaries` is float32 [B, ceil(T / chunk_size), N, Di], the state before each chunk, or None unless `save`.
+    `boundaries` is float32 [B, ceil(T / chunk_size), N, Di], the state before each chunk; None unless `save`.
     """
     batch, length, channels = x.shape
     states = A.shape[1]
@@ -220,7 +222,23 @@ def _scan_chunk_backward(tokens: Tokens, A_nd, history, g, dh, dA):
 
 
 def backward(
-    x, dt, A, B, C, D, z, dt_bias, state, reset, valid, boundaries, dy, dstate, *, dt_softplus: bool, chunk_size: int
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    state,
+    reset,
+    valid,
+    boundaries,
+    dy,
+    dstate,
+    *,
+    dt_softplus: bool,
+    chunk_size: int,
 ):
     """Returns the gradients of (x, dt, A, B, C, D, z, dt_bias, state), None where the argument was None.
 
@@ -253,7 +271,9 @@ def backward(
             sums["dt_bias"] = sums["dt_bias"] + _sum_tokens(ddt)
         return dh, history, sums, {name: _write(buffer, new[name], start) for name, buffer in out.items()}
 
-    out = {n: jnp.zeros_like(v) for n, v in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z)) if v is not None}
+    out = {
+        n: jnp.zeros_like(v) for n, v in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z)) if v is not None
+    }
     zero = jnp.zeros((channels,), jnp.float32)
     sums: dict[str, Any] = {n: zero for n, v in (("D", D), ("dt_bias", dt_bias)) if v is not None}
     sums["A"] = jnp.zeros((batch, *A_nd.shape), jnp.float32)

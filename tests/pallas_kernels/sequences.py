@@ -1,4 +1,4 @@
-"""What the tests of recurrent ops share: masks that cover every layout of documents, and comparison to scale."""
+"""What the tests of recurrent ops share: masks for every layout of documents, and comparison to scale."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def redraw(shape, seed: int) -> dict[str, np.ndarray]:
 
 
 def masks(layout: str, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(reset, valid), bool[B, T]; rows differ, and odd rows continue the carried state with their first document."""
+    """(reset, valid), bool[B, T]; rows differ, and odd rows continue the carried state."""
     reset, valid = np.zeros((batch, length), bool), np.ones((batch, length), bool)
     for row in range(batch):
         if layout == "packed":  # documents of one, two and many tokens
@@ -35,7 +35,7 @@ def masks(layout: str, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def assert_close(actual, expected, tolerance: float, what: str = "") -> None:
-    """Every leaf is finite and differs by at most `tolerance` times the largest expected magnitude (at least 1e-3)."""
+    """Every leaf is finite and differs by at most `tolerance` times the largest magnitude (at least 1e-3)."""
     actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
     assert len(actual) == len(expected)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
@@ -44,4 +44,6 @@ def assert_close(actual, expected, tolerance: float, what: str = "") -> None:
         assert np.isfinite(a).all(), f"{what} leaf {i} is not finite"
         if e.size:
             error = np.abs(a - e).max() / max(np.abs(e).max(), 1e-3)
-            assert error <= tolerance, f"{what} leaf {i}: error {error:.1e} relative to scale > {tolerance:.0e}"
+            assert error <= tolerance, (
+                f"{what} leaf {i}: error {error:.1e} relative to scale > {tolerance:.0e}"
+            )
