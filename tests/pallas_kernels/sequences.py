@@ -44,6 +44,4 @@ def assert_close(actual, expected, tolerance: float, what: str = "") -> None:
         assert np.isfinite(a).all(), f"{what} leaf {i} is not finite"
         if e.size:
             error = np.abs(a - e).max() / max(np.abs(e).max(), 1e-3)
-            assert error <= tolerance, (
-                f"{what} leaf {i}: error {error:.1e} relative to scale > {tolerance:.0e}"
-            )
+            assert error <= tolerance, f"{what} leaf {i}: error {error:.1e} relative to scale > {tolerance:.0e}"

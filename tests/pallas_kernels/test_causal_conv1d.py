@@ -38,9 +38,7 @@ def loop(args, reset=None, valid=None, activation="silu"):
             if reset is not None and reset[row, t]:
                 past = []
             past.append(x[row, t])
-            total = args.get("bias", 0.0) + sum(
-                weight[-1 - j] * past[-1 - j] for j in range(min(width, len(past)))
-            )
+            total = args.get("bias", 0.0) + sum(weight[-1 - j] * past[-1 - j] for j in range(min(width, len(past))))
             y[row, t] = total / (1 + np.exp(-total)) if activation == "silu" else total
         past = [np.zeros(channels)] * (width - 1) + past
         states.append(np.array(past[len(past) - (width - 1) :]).reshape(width - 1, channels))
@@ -49,9 +47,7 @@ def loop(args, reset=None, valid=None, activation="silu"):
 
 @functools.partial(jax.jit, static_argnames=("implementation", "activation"))
 def run(args, reset=None, valid=None, implementation="xla", activation="silu"):
-    return causal_conv1d(
-        **args, reset=reset, valid=valid, implementation=implementation, activation=activation
-    )
+    return causal_conv1d(**args, reset=reset, valid=valid, implementation=implementation, activation=activation)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "activation"))
@@ -68,9 +64,7 @@ def draw_cotangents(args, seed=1):
     return tuple(rng.normal(size=s).astype(np.float32) for s in shapes)
 
 
-@pytest.mark.parametrize(
-    ("length", "width"), [(1, 4), (2, 4), (3, 4), (4, 4), (17, 4), (1, 1), (6, 1), (5, 2), (3, 9)]
-)
+@pytest.mark.parametrize(("length", "width"), [(1, 4), (2, 4), (3, 4), (4, 4), (17, 4), (1, 1), (6, 1), (5, 2), (3, 9)])
 def test_any_length_and_width_equals_the_loop_and_gradients_equal_autodiff(length, width):
     args = draw(2, length, width=width, seed=length)
     cotangents = draw_cotangents(args)
@@ -204,9 +198,7 @@ def test_packed_documents_equal_separate_calls_in_values_and_gradients():
     for start, length in zip(starts, lengths, strict=True):
         here = slice(start, start + length)
         last = start + length == sum(lengths)
-        out, expected = run_and_pull(
-            args | {"x": args["x"][:, here]}, (dy[:, here], dstate if last else 0 * dstate)
-        )
+        out, expected = run_and_pull(args | {"x": args["x"][:, here]}, (dy[:, here], dstate if last else 0 * dstate))
         assert_close(y[:, here], out[0], VALUE_TOLERANCE)
         assert_close(gradients["x"][:, here], expected["x"], GRADIENT_TOLERANCE)
         dweight = dweight + expected["weight"]
@@ -252,9 +244,7 @@ def test_transformations():
 
         return jnp.sum(jax.lax.scan(layer, args["x"], jnp.array([1.0, 0.5]))[0] * cotangents[0])
 
-    actual, expected = (
-        jax.jit(jax.grad(functools.partial(layers, implementation=n)))(args) for n in IMPLEMENTATIONS
-    )
+    actual, expected = (jax.jit(jax.grad(functools.partial(layers, implementation=n)))(args) for n in IMPLEMENTATIONS)
     assert_close(actual, expected, GRADIENT_TOLERANCE, "scan over layers")
 
 
@@ -272,9 +262,7 @@ def test_lowers_for_accelerators(name):
     shape = TINY[name]
 
     def step(args):
-        return jax.value_and_grad(
-            lambda a: jnp.sum(causal_conv1d(**a, **shape.options())[0]), allow_int=True
-        )(args)
+        return jax.value_and_grad(lambda a: jnp.sum(causal_conv1d(**a, **shape.options())[0]), allow_int=True)(args)
 
     exported = jax.export.export(jax.jit(step), platforms=["tpu", "cuda"])(shape.arrays())
     assert exported.platforms == ("tpu", "cuda")

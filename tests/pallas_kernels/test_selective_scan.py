@@ -304,9 +304,7 @@ def test_lowers_for_accelerators(name):
     shape = TINY[name]
 
     def step(args):
-        return jax.value_and_grad(
-            lambda a: jnp.sum(selective_scan(**a, **shape.options())[0]), allow_int=True
-        )(args)
+        return jax.value_and_grad(lambda a: jnp.sum(selective_scan(**a, **shape.options())[0]), allow_int=True)(args)
 
     exported = jax.export.export(jax.jit(step), platforms=["tpu", "cuda"])(shape.arrays())
     assert exported.platforms == ("tpu", "cuda")
