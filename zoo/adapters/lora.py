@@ -4,6 +4,7 @@
 for `zoo.core.params.partition`, so that only they get gradients and optimiser state; `merge` writes them into W.
 """
 
+import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from typing import Any
@@ -144,7 +145,7 @@ def attach(params: Tree, specs: Tree, pattern: str | Sequence[str], *, rank: int
     """
     adapted = param_specs(specs, pattern, rank=rank, alpha=alpha)
     only_new = jax.tree.map(
-        lambda node: node.replace(base=None) if is_low_rank(node) else None,
+        lambda node: dataclasses.replace(node, base=None) if is_low_rank(node) else None,
         adapted,
         is_leaf=lambda node: is_low_rank(node) or is_spec(node),
     )
@@ -152,7 +153,7 @@ def attach(params: Tree, specs: Tree, pattern: str | Sequence[str], *, rank: int
 
     def wrap(spec: Spec, param: Any, adapter: LowRank | None) -> Any:
         del spec
-        return param if adapter is None else adapter.replace(base=param)
+        return param if adapter is None else dataclasses.replace(adapter, base=param)
 
     return jax.tree.map(wrap, specs, params, new, is_leaf=is_spec)
 
