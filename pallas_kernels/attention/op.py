@@ -43,7 +43,7 @@ def attention(
     soft_cap: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
-):
+) -> Any:
     """Causal softmax attention with grouped heads, a sliding window and documents that do not see each other.
 
       s_ij = scale * q_i . k_j   (then soft_cap * tanh(s_ij / soft_cap));   y_i = sum_j softmax_j(s_ij) v_j

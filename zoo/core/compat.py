@@ -1,13 +1,14 @@
 """What jax has renamed between the versions that purezoo supports; nothing else in the zoo tests versions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 
-def make_mesh(axes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the named sizes whose sharding the compiler propagates (Auto axes).
 
     jax 0.9 made Explicit the default axis type; the zoo states what it wants instead of relying on a default.

@@ -42,10 +42,10 @@ class SeqContext:
     @property
     def documents(self) -> jax.Array | None:
         """int32[B, T]: 0 for the document that continues the carried state, then 1, 2, ...; -1 at padding."""
-        reset = self.reset
-        if reset is None:
+        valid, reset = self.valid, self.reset
+        if valid is None or reset is None:
             return None
-        return jnp.where(self.valid, jnp.cumsum(reset, axis=1, dtype=jnp.int32), -1)
+        return jnp.where(valid, jnp.cumsum(reset, axis=1, dtype=jnp.int32), -1)
 
     @classmethod
     def contiguous(cls, start: jax.Array, length: int) -> "SeqContext":
@@ -54,7 +54,7 @@ class SeqContext:
 
     @classmethod
     def from_segment_ids(cls, segment_ids: jax.Array, start: jax.Array | int = 0) -> "SeqContext":
-        """Positions that restart at every change of `segment_ids` [B, T]; a row's first document starts at `start` [B]."""
+        """Positions that restart at every change of `segment_ids` [B, T]; a row's first one starts at `start` [B]."""
         segment_ids = jnp.asarray(segment_ids, jnp.int32)
         if segment_ids.ndim != 2:
             raise ValueError(f"segment_ids must be [batch, time], got shape {segment_ids.shape}")

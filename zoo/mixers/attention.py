@@ -152,13 +152,14 @@ def append(state: AttentionState, k: jax.Array, v: jax.Array, ctx: SeqContext) -
       The ring after them: a new document empties it first, padding leaves it alone.
     """
     slots = state.positions.shape[1]
-    if ctx.segment_ids is None:
+    documents = ctx.documents
+    if documents is None:
         k, v, positions = k[:, -slots:], v[:, -slots:], ctx.positions[:, -slots:]
         index, kept = positions % slots, state.positions
     else:
-        positions, documents = ctx.positions, ctx.documents
+        positions = ctx.positions
         current = jnp.max(documents, axis=1, keepdims=True)
-        inside = (documents == current) & ctx.valid
+        inside = (documents == current) & (documents >= 0)
         last = jnp.max(jnp.where(inside, positions, -1), axis=1, keepdims=True)
         write = inside & (positions > last - slots)
         index = jnp.where(write, positions % slots, slots)  # the slot past the end is dropped

@@ -92,8 +92,8 @@ def _a_log_init(key, shape, dtype=jnp.float32):
 
 
 def param_specs(config: Mamba, width: int) -> Tree:
-    """Specs: in_proj [D, 2, Di] (u then z), conv [W, Di], x_proj [Di, r + 2N] (dt, B, C), dt_proj [r, Di], A_log [Di, N], D
-    [Di], out_proj [Di, D], and biases."""
+    """Specs: in_proj [D, 2, Di] (u, z), conv [W, Di], x_proj [Di, r + 2N] (dt, B, C), dt_proj [r, Di], A_log [Di, N],
+    D [Di], out_proj [Di, D], biases."""
     inner, states, rank, taps = config.inner, config.state, config.rank(width), config.conv_width
     into = _matrix_init(config.init_std, width)
     specs = {

@@ -1,0 +1,49 @@
+"""Writes hf_<model_type>.npz: a tiny config, its weights, tokens and the logits that transformers computes.
+
+Run from the root of the repository: python -m tests.goldens.make_hf_goldens
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from tests.interop import hf_cases
+from zoo.interop.families import HF_FAMILIES
+
+SMALL = {"vocab_size": 31, "num_hidden_layers": 2}
+LENGTH = 13
+# The case of each model_type that switches on most, made smaller.
+CHANGES = {"qwen2": {"max_window_layers": 1}}
+
+
+def main() -> None:
+    """Writes one file per model_type beside this one."""
+    torch.set_num_threads(1)
+    tokens = np.random.default_rng(1).integers(0, SMALL["vocab_size"], (2, LENGTH), dtype=np.int32)
+    for model_type in HF_FAMILIES:
+        case = hf_cases.CASES[model_type]
+        case = dataclasses.replace(case, config={**case.config, **SMALL, **CHANGES.get(model_type, {})})
+        model = hf_cases.build(case, seed=1)
+        with torch.no_grad():
+            for parameter in model.parameters():  # exact in bfloat16: smaller files
+                parameter.copy_(parameter.bfloat16().float())
+        weights = {name: p.detach().bfloat16().view(torch.uint16).numpy() for name, p in model.named_parameters()}
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        path = Path(__file__).with_name(f"hf_{model_type}.npz")
+        np.savez_compressed(
+            path,
+            **{f"weights/{name}": array for name, array in weights.items()},
+            config=json.dumps({**config, "dtype": "bfloat16"}),
+            tokens=tokens,
+            logits=hf_cases.logits(model, tokens),
+            versions=json.dumps({"transformers": transformers.__version__, "torch": torch.__version__}),
+        )
+        print(path.name, path.stat().st_size, "bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Hugging Face folders (config.json and safetensors) to and from zoo models."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.core.linear import is_weight, materialise
+from zoo.core.params import Spec, Tree, check_tree, flatten, is_spec
+from zoo.core.registry import check_choice, check_keys
+from zoo.interop import hf_config
+from zoo.interop.families import HF_FAMILIES, IGNORED, HFFamily, Rule, read_options
+from zoo.interop.safetensors_io import CONFIG, TensorFolder, read_json, write_folder
+from zoo.models.language_model import LanguageModelConfig
+from zoo.models.model import Model, create
+
+HEAD, EMBEDDING = "lm_head.weight", "embedding"
+# Buffers that old checkpoints hold; they follow from the config.
+BUFFERS = (".rotary_emb.inv_freq",)
+ALIASES: Mapping[str, str] = {"backbone.embedding.weight": "backbone.embeddings.weight"}
+LISTED = 10  # problems named in one error
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Rows of a Hugging Face tensor: `leaf[index]` of a zoo leaf, in another form.
+
+    Attributes:
+      path: of the leaf. index: of the repeat and the head, () for leaves outside the layers.
+      shape: of `leaf[index]`.
+      inputs: contracted dimensions of that shape.
+      form: see families.Rule.
+    """
+
+    path: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    inputs: int
+    form: str
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """Shape of the rows in the Hugging Face tensor."""
+        if self.form == "matrix":
+            return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+        if self.form == "vector":
+            return (math.prod(self.shape),)
+        return (self.shape[1], 1, self.shape[0]) if self.form == "conv" else self.shape
+
+    def ours(self, rows: np.ndarray) -> np.ndarray:
+        """`leaf[index]` from the rows."""
+        if self.form == "conv":
+            return rows[:, 0].T
+        return (rows.T if self.form == "matrix" else rows).reshape(self.shape)
+
+    def theirs(self, leaf: np.ndarray) -> np.ndarray:
+        """The rows from `leaf[index]`."""
+        if self.form == "conv":
+            return leaf.T[:, None]
+        if self.form == "matrix":
+            rows, columns = self.their_shape
+            return leaf.reshape(columns, rows).T
+        return leaf.reshape(self.their_shape)
+
+
+def _pieces(family: HFFamily, config: LanguageModelConfig, specs: Mapping[str, Spec]) -> dict[str, tuple[Piece, ...]]:
+    """{Hugging Face name: its pieces} for all leaves of a model, in the order of the rules."""
+    names = list(config.sublayers())
+    per_layer = 1 if family.family == "mamba" else 2
+    cycle = len(names) // per_layer
+    table: dict[str, tuple[Piece, ...]] = {}
+    for rule in family.rules:
+        for layer in range(cycle * config.repeats if "{layer}" in rule.key else 1):
+            repeat, position = divmod(layer, cycle)
+            sublayers = names[position * per_layer : (position + 1) * per_layer]
+            roots = {name.partition("_")[2]: f"layers/{name}" for name in sublayers}
+            paths = [path.format(**roots) for path in rule.paths]
+            if all(path in specs for path in paths):
+                table |= _expand(rule, layer, repeat, [(path, specs[path]) for path in paths])
+    covered = {piece.path for pieces in table.values() for piece in pieces}
+    if covered != set(specs):
+        raise ValueError(f"model_type {family.model_type} has no tensors for {sorted(set(specs) - covered)}")
+    return table
+
+
+def _expand(rule: Rule, layer: int, repeat: int, leaves: list[tuple[str, Spec]]) -> dict[str, tuple[Piece, ...]]:
+    """The tensors of one rule in one layer; one per head where the rule says so."""
+    index = (repeat,) if "{layer}" in rule.key else ()
+    if "{head}" in rule.key:
+        ((path, spec),) = leaves
+        return {
+            rule.key.format(layer=layer, head=head): (Piece(path, (*index, head), spec.shape[2:], 0, rule.form),)
+            for head in range(spec.shape[1])
+        }
+    pieces = tuple(Piece(path, index, spec.shape[len(index) :], spec.inputs, rule.form) for path, spec in leaves)
+    return {rule.key.format(layer=layer): pieces}
+
+
+def _their_shape(pieces: tuple[Piece, ...]) -> tuple[int, ...]:
+    shapes = [piece.their_shape for piece in pieces]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _check_tensors(files: TensorFolder, table: Mapping[str, tuple[Piece, ...]], names: Mapping[str, str]) -> None:
+    """Raises ValueError that lists tensors that are missing, unexpected or of the wrong shape."""
+    problems = [f"missing {name} {_their_shape(table[name])}" for name in table if name not in names]
+    problems += [f"unexpected {stored} {files.shapes[stored]}" for name, stored in names.items() if name not in table]
+    problems += [
+        f"{stored} has shape {files.shapes[stored]}, the config says {_their_shape(table[name])}"
+        for name, stored in names.items()
+        if name in table and files.shapes[stored] != _their_shape(table[name])
+    ]
+    if problems:
+        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise ValueError(f"{files.folder}: tensors do not fit the config: {'; '.join(problems[:LISTED])}{more}")
+
+
+def _check_tied_head(files: TensorFolder, names: Mapping[str, str], table: Mapping[str, tuple[Piece, ...]]) -> None:
+    """A stored head of a tied model must be the embedding."""
+    embedding = next(name for name, pieces in table.items() if pieces[0].path == EMBEDDING)
+    if embedding not in names:
+        return  # named as missing by the caller
+    head, table_of_tokens = files.read(names[HEAD]), files.read(names[embedding])
+    if head.shape != table_of_tokens.shape or not np.array_equal(head, table_of_tokens, equal_nan=True):
+        raise ValueError(
+            f"{files.folder}: tie_word_embeddings is true, but {HEAD} differs from {names[embedding]}; "
+            "give tied=False to load the head that is stored"
+        )
+
+
+def _load(files: TensorFolder, model: Model, family: HFFamily) -> Tree:
+    specs = model.param_specs()
+    flat = flatten(specs)
+    table = _pieces(family, model.config, flat)
+    names: dict[str, str] = {}
+    for stored in files.shapes:
+        name = ALIASES.get(stored, stored)
+        if name in names:
+            raise ValueError(f"{files.folder} holds both {names[name]} and {stored}, two names of one tensor")
+        if not stored.endswith(BUFFERS):
+            names[name] = stored
+    if model.config.tied and HEAD in names:
+        _check_tied_head(files, names, table)
+        del names[HEAD]
+    _check_tensors(files, table, names)
+    buffers: dict[str, np.ndarray] = {path: np.empty(spec.shape, spec.dtype) for path, spec in flat.items()}
+    for name, pieces in table.items():
+        tensor, row = files.read(names[name]), 0
+        for piece in pieces:
+            rows = piece.their_shape[0]
+            buffers[piece.path][piece.index] = piece.ours(tensor[row : row + rows])
+            row += rows
+    # In the order of the flat tree, so that each host array can be freed once it is on the device.
+    leaves = [jnp.asarray(buffers.pop(path)) for path in flat]
+    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), leaves)
+
+
+def _storage_dtype(files: TensorFolder) -> str:
+    """The narrowest dtype that holds every tensor exactly."""
+    dtypes = set(files.dtypes.values())
+    wide = jnp.result_type(*dtypes) if len(dtypes) > 1 else dtypes.pop()
+    return str(jnp.dtype(wide).name)
+
+
+def from_hf(folder: str | Path, **overrides: Any) -> tuple[Model, Tree]:
+    """Reads a Hugging Face model from a local folder with config.json and safetensors.
+
+    The model types are those of `zoo.interop.families.HF_FAMILIES`. Every config field is used, or known to leave the
+    function unchanged (dropout rates, token ids, initialisation, caching), or an error; every tensor is used, or a
+    duplicate of a tied embedding, or a rotary buffer, or an error.
+
+    Args:
+      folder: a local folder. Nothing is downloaded.
+      **overrides: options of the zoo family, e.g. dtype="bfloat16". `param_dtype` is by default the dtype of the
+        files; the compute `dtype` is float32. `max_length` also chooses between LongRoPE's two tables: transformers
+        takes the short one while a sequence is shorter than the pretraining context and changes over in its midst, a
+        zoo model is one or the other.
+
+    Returns:
+      The model, named by its model_type, and its parameters.
+
+    Raises:
+      FileNotFoundError: no folder, config.json or weights.
+      ValueError: a model_type, field, value or tensor that is not supported, or a damaged file; the message names it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; from_hf reads local folders and downloads nothing")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}")
+    config = read_json(folder / CONFIG)
+    check_choice("model_type", config.get("model_type"), HF_FAMILIES)
+    family = HF_FAMILIES[config["model_type"]]
+    options = read_options(family, config, overrides.get("max_length"))
+    if options.get("residual_dtype", "float32") is None:
+        options["residual_dtype"] = overrides.get("dtype", "float32")
+    files = TensorFolder(folder)
+    options["param_dtype"] = _storage_dtype(files)
+    model = create(family.family, **{**options, **overrides})
+    if model.config.param_dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        raise ValueError(f"{folder} is stored as float64; enable jax_enable_x64 or give param_dtype='float32'")
+    model = dataclasses.replace(model, name=family.model_type)
+    return model, _load(files, model, family)
+
+
+def to_hf(
+    model: Model,
+    params: Tree,
+    folder: str | Path,
+    *,
+    model_type: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as a Hugging Face folder: config.json and safetensors.
+
+    The folder appears when it is complete. Parameters keep their dtypes. Options of how a model is run (dtype, remat)
+    and, for Mamba, `max_length` have no place in the config.
+
+    Args:
+      model: from `zoo.create` or `zoo.from_hf`.
+      params: its parameters; weights with adapters are written merged.
+      folder: target; must be absent or empty unless `overwrite`.
+      model_type: None = that of the folder that the model came from, or else the first that expresses its options.
+      config: further fields that do not change the function, e.g. {"eos_token_id": 2}.
+      max_shard_bytes: bytes of tensors per file; more files get an index.
+      overwrite: replace the model of a folder that is not empty; its other files are kept.
+
+    Raises:
+      FileExistsError: the folder is not empty.
+      ValueError: no model_type expresses the options (the message names them), or the parameters do not fit.
+    """
+    family, options = hf_config.choose(model, model_type)
+    extra = dict(config or {})
+    check_keys("to_hf: config", extra, sorted(IGNORED - {"model_type", "architectures", "dtype", "torch_dtype"}))
+    params = jax.tree.map(materialise, params, is_leaf=is_weight)
+    specs = model.param_specs()
+    check_tree(params, specs)
+    flat = flatten(params)
+    table = _pieces(family, model.config, flatten(specs))
+    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in flat.items()}
+    for name, pieces in table.items():
+        found = {dtypes[piece.path].name for piece in pieces}
+        if len(found) > 1:
+            raise ValueError(f"{name} joins leaves of different dtypes {sorted(found)}; cast the parameters to one")
+    written = {**hf_config.write(family, options, str(jnp.result_type(*set(dtypes.values())).name)), **extra}
+
+    def make(name: str) -> np.ndarray:
+        parts = [piece.theirs(np.asarray(flat[piece.path])[piece.index]) for piece in table[name]]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    shapes = {name: (_their_shape(pieces), dtypes[pieces[0].path]) for name, pieces in table.items()}
+    write_folder(Path(folder), written, shapes, make, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
