@@ -1,1 +1,7 @@
-"""Losses and optimisers."""
+"""Objectives: pure functions of statistics that return sums and weights."""
+
+from objectives.language_model import cross_entropy
+from objectives.output import LossOutput
+from objectives.registry import OBJECTIVES, Objective, create, list_objectives
+
+__all__ = ["OBJECTIVES", "LossOutput", "Objective", "create", "cross_entropy", "list_objectives"]

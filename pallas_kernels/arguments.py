@@ -37,7 +37,5 @@ def check_array(
         described = ", ".join(f"{dim}={sizes[dim]}" if dim in sizes else dim for dim in names)
         raise ValueError(f"{op}: {name} must have shape [{described}], got {tuple(array.shape)}")
     if jnp.dtype(array.dtype).name not in dtypes:
-        raise ValueError(
-            f"{op}: {name} must have dtype {' or '.join(dtypes)}, got {jnp.dtype(array.dtype).name}"
-        )
+        raise ValueError(f"{op}: {name} must have dtype {' or '.join(dtypes)}, got {jnp.dtype(array.dtype).name}")
     sizes.update(zip(names, array.shape, strict=True))

@@ -155,9 +155,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def _check_heads(q, k, v) -> None:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(
-            f"q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V] have four axes each; got {shapes}"
-        )
+        raise ValueError(f"q [B, T, H, K], k [B, S, G, K] and v [B, S, G, V] have four axes each; got {shapes}")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ValueError(f"q, k and v must share the batch axis; got {shapes}")
     if k.shape[1:3] != v.shape[1:3]:
@@ -170,8 +168,7 @@ def _check_heads(q, k, v) -> None:
         divisors = [g for g in range(1, q.shape[2] + 1) if q.shape[2] % g == 0]
         nearest = min(divisors, key=lambda g: abs(g - k.shape[2]))
         raise ValueError(
-            f"G={k.shape[2]} key heads do not divide H={q.shape[2]} query heads; the nearest that "
-            f"do: {nearest}"
+            f"G={k.shape[2]} key heads do not divide H={q.shape[2]} query heads; the nearest that do: {nearest}"
         )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
         raise ValueError(

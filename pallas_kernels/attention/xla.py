@@ -104,9 +104,7 @@ class _Grid(NamedTuple):
             blocks = _take(query, i), _take(key, j)
             mask = self.mask(i, j) if masked else None
             if mask is not None and skip:
-                held = jax.lax.cond(
-                    jnp.any(mask), lambda held: update(*held, *blocks, mask), lambda held: held, held
-                )
+                held = jax.lax.cond(jnp.any(mask), lambda held: update(*held, *blocks, mask), lambda held: held, held)
             else:
                 held = update(*held, *blocks, mask)
             return (_put(carry[0], held[0], i), _put(carry[1], held[1], j)), None

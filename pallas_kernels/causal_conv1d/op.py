@@ -101,9 +101,7 @@ def _forward(activation, implementation, *arrays):
 
 
 def _backward(activation, implementation, arrays, cotangents):
-    gradients = dispatch.run(
-        "causal_conv1d", BACKWARD, implementation, *arrays, *cotangents, activation=activation
-    )
+    gradients = dispatch.run("causal_conv1d", BACKWARD, implementation, *arrays, *cotangents, activation=activation)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

@@ -30,9 +30,7 @@ def _pad(x, state, valid, width):
         return padded
     # What lies before the first token is padding, so there is room, however far to the right the row begins.
     first, _ = _first_and_last(valid)
-    return jax.vmap(lambda row, s, i: lax.dynamic_update_slice_in_dim(row, s, i, axis=0))(
-        padded, state, first
-    )
+    return jax.vmap(lambda row, s, i: lax.dynamic_update_slice_in_dim(row, s, i, axis=0))(padded, state, first)
 
 
 def _documents(reset, width):
@@ -54,7 +52,7 @@ def _tap(padded, documents, k, length, width):
 def _preactivation(padded, documents, weight, bias, length):
     width = weight.shape[0]
     weight = weight.astype(jnp.float32)
-    y = 0.0 if bias is None else bias.astype(jnp.float32)
+    y = jnp.zeros((), jnp.float32) if bias is None else bias.astype(jnp.float32)
     for k in range(width):
         y = y + weight[k] * _tap(padded, documents, k, length, width)
     return y
@@ -106,9 +104,7 @@ def backward(x, weight, bias, state, reset, valid, dy, dstate, *, activation: st
     _, pullback = jax.vjp(carry, x, state)
     dx, dcarried = pullback((_input_gradient(dy, documents, weight), dstate))
     # One tap after the other: all at once, XLA keeps W products of the size of x.
-    dweight = lax.map(
-        lambda k: jnp.sum(dy * _tap(padded, documents, k, length, width), axis=(0, 1)), jnp.arange(width)
-    )
+    dweight = lax.map(lambda k: jnp.sum(dy * _tap(padded, documents, k, length, width), axis=(0, 1)), jnp.arange(width))
     dbias = None if bias is None else jnp.sum(dy, axis=(0, 1)).astype(bias.dtype)
     return dx, dweight.astype(weight.dtype), dbias, dcarried
 

@@ -39,8 +39,7 @@ def selective_scan(
       h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,    y_t = (sum_n C_t[n] h_t[:, n] + D x_t) silu(z_t)
 
     State and arithmetic are float32. Exponents stay non-positive as long as A <= 0 and dt >= 0. Training
-    keeps only the states at the chunk boundaries, B * ceil(T / chunk_size) * Di * N floats, and recomputes the
-    others.
+    keeps the states at the chunk boundaries alone, B * ceil(T / chunk_size) * Di * N floats.
 
     Args:
       x: [B, T, Di] input, float32, bfloat16 or float16 (as all floating arguments but `state`), any T >= 1.
@@ -116,9 +115,7 @@ def _forward(dt_softplus, chunk_size, implementation, *arrays):
 def _backward(dt_softplus, chunk_size, implementation, residuals, cotangents):
     arrays, boundaries = residuals
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size}
-    gradients = dispatch.run(
-        "selective_scan", BACKWARD, implementation, *arrays, boundaries, *cotangents, **static
-    )
+    gradients = dispatch.run("selective_scan", BACKWARD, implementation, *arrays, boundaries, *cotangents, **static)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

@@ -1,9 +1,9 @@
 """Selective scan as a loop over chunks of a loop over tokens, with a hand-written backward pass.
 
-The state is kept as [B, N, Di]: channels are contiguous, so one token is a few long vector operations. Within
-a chunk the recurrence is sequential (an associative scan does log C times the work, which a CPU feels), and only
-the states at the chunk boundaries survive for the backward pass, which recomputes the rest chunk by chunk.
-Whatever is elementwise (softplus, skip, gate) is recomputed with it: no array of the size of x outlives a chunk.
+The state is kept as [B, N, Di]: channels are contiguous, so one token is a few long vector operations.
+Within a chunk the recurrence is sequential: an associative scan does log C times the work, which a CPU feels.
+Only the states at the chunk boundaries survive for the backward pass, which recomputes the rest by chunk,
+softplus, skip and gate included: no array of the size of x outlives a chunk.
 """
 
 from typing import Any, NamedTuple
@@ -97,9 +97,7 @@ def _clear(reset_t, h):
 
 def _write(buffer, value, start):
     """Puts time-first `value` [C, B, ...] into `buffer` [B, T, ...]."""
-    return lax.dynamic_update_slice_in_dim(
-        buffer, jnp.swapaxes(value, 0, 1).astype(buffer.dtype), start, axis=1
-    )
+    return lax.dynamic_update_slice_in_dim(buffer, jnp.swapaxes(value, 0, 1).astype(buffer.dtype), start, axis=1)
 
 
 def _scan_chunk(tokens: Tokens, A_nd, h, history=None, *, outputs: bool):
@@ -139,7 +137,7 @@ def _scan_chunk(tokens: Tokens, A_nd, h, history=None, *, outputs: bool):
 def _one_step(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, dt_softplus):
     """Decoding: a single fused step in the layout of the state."""
     t = _load(0, 1, x, dt, B, C, z, dt_bias, reset, valid, dt_softplus)
-    t = Tokens(*(None if v is None else v[0] for v in t))
+    t = jax.tree.map(lambda v: v[0], t)
     h = t.dt[..., None] * t.x[..., None] * t.b[:, None]
     if state is not None:
         h = jnp.exp(t.dt[..., None] * A.astype(jnp.float32)) * _clear(t.reset, state) + h
@@ -155,9 +153,7 @@ def _finish(y, D, t: Tokens):
     return y if t.valid is None else jnp.where(t.valid, y, 0.0)
 
 
-def forward(
-    x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: bool, chunk_size: int, save: bool
-):
+def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: bool, chunk_size: int, save: bool):
     """Returns (y [B, T, Di], new_state [B, Di, N], boundaries), arguments as in `selective_scan`.
 
     `boundaries` is float32 [B, ceil(T / chunk_size), N, Di], the state before each chunk; None unless `save`.
@@ -271,9 +267,7 @@ def backward(
             sums["dt_bias"] = sums["dt_bias"] + _sum_tokens(ddt)
         return dh, history, sums, {name: _write(buffer, new[name], start) for name, buffer in out.items()}
 
-    out = {
-        n: jnp.zeros_like(v) for n, v in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z)) if v is not None
-    }
+    out = {n: jnp.zeros_like(v) for n, v in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z)) if v is not None}
     zero = jnp.zeros((channels,), jnp.float32)
     sums: dict[str, Any] = {n: zero for n, v in (("D", D), ("dt_bias", dt_bias)) if v is not None}
     sums["A"] = jnp.zeros((batch, *A_nd.shape), jnp.float32)

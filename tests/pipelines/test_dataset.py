@@ -24,8 +24,7 @@ def source(tmp_path):
 def test_documents_are_bos_tokens_eos_of_every_text_once(source, tmp_path, tokenizer):
     data = prepare(source, tokenizer, tmp_path)
     expected = {
-        split: [d.text for d in make_source(source).documents() if d.split == split]
-        for split in data_splits(data)
+        split: [d.text for d in make_source(source).documents() if d.split == split] for split in data_splits(data)
     }
     assert sorted(expected["train"] + expected["validation"]) == sorted(TEXTS)
     for split, documents in data_splits(data).items():

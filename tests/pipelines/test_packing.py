@@ -26,9 +26,7 @@ DOCUMENT_LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 
 
 def train(documents=DOCUMENTS, **options):
-    return train_iterator(
-        documents, **{"length": 8, "batch_size": 4, "seed": 3, "shuffle_rows": 5, **options}
-    )
+    return train_iterator(documents, **{"length": 8, "batch_size": 4, "seed": 3, "shuffle_rows": 5, **options})
 
 
 def pairs_of(batches):

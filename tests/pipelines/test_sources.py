@@ -165,8 +165,6 @@ def test_stdlib_domains_filter(workdir, byte_data):
     del byte_data  # shares its build of the corpus
     options = {"max_files": 30, "heldout_fraction": 0.15}
     everything = list(make_source({"name": "stdlib", **options}).documents(workdir / "data"))
-    topics = list(
-        make_source({"name": "stdlib", "domains": ["topics"], **options}).documents(workdir / "data")
-    )
+    topics = list(make_source({"name": "stdlib", "domains": ["topics"], **options}).documents(workdir / "data"))
     assert topics == [d for d in everything if d.origin.startswith("pydoc_data/topics#")]
     assert {d.split for d in everything} == {"train", "validation"}

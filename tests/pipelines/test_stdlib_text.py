@@ -27,10 +27,7 @@ def splits(tmp_path_factory):
     builder.download_and_prepare()
     assert list(pathlib.Path(builder.data_dir).glob("*.array_record*"))
     return {
-        name: [
-            (x["text"].decode(), DOMAINS[x["domain"]], x["path"].decode())
-            for x in builder.as_data_source(name)
-        ]
+        name: [(x["text"].decode(), DOMAINS[x["domain"]], x["path"].decode()) for x in builder.as_data_source(name)]
         for name in ("train", "validation")
     }
 
@@ -52,9 +49,7 @@ def test_nothing_held_out_leaks(splits):
     for name, split in splits.items():
         for text, domain, _ in split:
             if domain == "topics":
-                paragraphs[name] |= {
-                    " ".join(p.split()) for p in text.split("\n\n") if len(" ".join(p.split())) > 80
-                }
+                paragraphs[name] |= {" ".join(p.split()) for p in text.split("\n\n") if len(" ".join(p.split())) > 80}
     assert paragraphs["validation"]
     assert not paragraphs["train"] & paragraphs["validation"]
 
@@ -86,9 +81,7 @@ def test_library_files_leave_out_tests_and_the_topics_module():
     assert names == sorted(names)
     assert "argparse.py" in names
     assert "pydoc_data/topics.py" not in names
-    assert not [
-        name for name in names if "site-packages" in name or "/test" in name or "sysconfigdata" in name
-    ]
+    assert not [name for name in names if "site-packages" in name or "/test" in name or "sysconfigdata" in name]
 
 
 def test_held_out_share_follows_the_fraction():

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 
@@ -23,4 +24,6 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
             f"mesh {dict(axes)} needs {int(np.prod(sizes))} devices, there are {len(devices)}; "
             "one axis can be -1 in a run config to take what is left"
         )
-    return jax.make_mesh(sizes, tuple(axes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    # A mesh axis may span parts of physical ones: 256 of the 8x8x8 chips of a v5p pod, say.
+    layout = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
+    return Mesh(layout, tuple(axes), axis_types=(AxisType.Auto,) * len(sizes))

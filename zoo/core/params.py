@@ -118,6 +118,11 @@ def initialise(specs: Tree, key: jax.Array, shardings: Tree | None = None) -> Tr
     return jax.jit(make, out_shardings=shardings)(key)
 
 
+def fresh(specs: Tree) -> Tree:
+    """Arrays for a Spec tree whose initialisers draw nothing at random, such as a state; compiles nothing."""
+    return map_specs(lambda _, s: s.init(None, s.shape, s.dtype), specs)
+
+
 def abstract(specs: Tree, shardings: Tree | None = None) -> Tree:
     """jax.ShapeDtypeStruct for every Spec."""
     if shardings is None:

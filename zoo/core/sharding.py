@@ -5,7 +5,6 @@ tensor and context parallelism are different tables, not different code.
 """
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,7 +33,8 @@ RULES: Mapping[str, Rules] = {
     },
 }
 
-_ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("zoo_sharding", default=None)
+# A context that jax.jit knows of: a function traced under one mesh or table is traced anew under another.
+_ACTIVE = jax.make_user_context(default_value=None)
 
 
 def resolve_rules(name: str, overrides: Rules | None = None) -> Rules:
@@ -101,22 +101,20 @@ def shardings(specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """Makes `constrain` act on this mesh and these rules while a function is traced."""
-    token = _ACTIVE.set((mesh, rules))
-    try:
-        with jax.set_mesh(mesh):
-            yield
-    finally:
-        _ACTIVE.reset(token)
+    table = tuple((axis, _as_tuple(target)) for axis, target in sorted(rules.items()))
+    with _ACTIVE((mesh, table)), jax.set_mesh(mesh):
+        yield
 
 
 def active() -> tuple[Mesh, Rules] | None:
     """The mesh and rules in use, or None."""
-    return _ACTIVE.get()
+    current = _ACTIVE.value
+    return None if current is None else (current[0], dict(current[1]))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks for the sharding of an activation by its logical axes; x as it is when no mesh is in use."""
-    current = _ACTIVE.get()
+    current = active()
     if current is None:
         return x
     mesh, rules = current

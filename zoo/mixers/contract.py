@@ -22,7 +22,7 @@ import jax
 from jax.typing import DTypeLike
 
 from zoo.core.context import SeqContext
-from zoo.core.params import Tree, initialise
+from zoo.core.params import Tree, fresh
 from zoo.core.registry import Registry, nearest
 
 
@@ -64,8 +64,7 @@ class MixerType:
 
     def init_state(self, config: Any, batch_size: int, max_length: int, dtype: DTypeLike) -> Any:
         """The state of fresh sequences."""
-        specs = self.state_specs(config, batch_size, max_length, dtype)
-        return initialise(specs, jax.random.key(0))
+        return fresh(self.state_specs(config, batch_size, max_length, dtype))
 
 
 MIXERS: Registry[MixerType] = Registry("mixer")

@@ -84,7 +84,7 @@ class Model:
         self, batch_size: int, max_length: int | None = None, dtype: DTypeLike | None = None
     ) -> LanguageModelState:
         """The state of fresh rows."""
-        return params_lib.initialise(self.state_specs(batch_size, max_length, dtype), jax.random.key(0))
+        return params_lib.fresh(self.state_specs(batch_size, max_length, dtype))
 
     def apply(
         self,

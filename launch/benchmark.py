@@ -1,0 +1,290 @@
+"""mode=benchmark: speed and memory beside peers, both sides in one run on the same machine.
+
+Suites (config.benchmark.suites):
+  mamba-130m, llama-135m: prefill, decode and train step against transformers on torch, with the same weights and two
+    threads on each side.
+  samba: samba-tiny against its transformer twin, prefill and decode per token and memory, over lengths.
+
+Every number is a median of `repeats` after a warm-up; ratio > 1 means that ours is better.
+"""
+
+import dataclasses
+import gc
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import rich.table
+
+import zoo
+from launch.config import ConfigError, check, write_json
+from launch.plots import plot_lengths
+from zoo.core.params import Tree, count, nbytes
+from zoo.core.registry import nearest
+from zoo.decoding import prepare
+from zoo.models import Model, create
+
+THREADS = 2
+PREFILL_LENGTH = 1024
+DECODE_TOKENS = 32
+TRAIN_SHAPE = (1, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison. Attributes: name; metric with its unit; ours; peer; ratio, > 1 when ours is better."""
+
+    name: str
+    metric: str
+    ours: float
+    peer: float
+    ratio: float
+
+
+def run(config: Any, workdir: pathlib.Path) -> None:
+    """Runs the suites of `config.benchmark`, prints a table and writes benchmark.json (and benchmark.png).
+
+    Raises:
+      ConfigError: an unknown suite, or torch and transformers are missing.
+    """
+    check(config)
+    wanted, repeats = list(config.benchmark.suites), config.benchmark.repeats
+    for suite in wanted:
+        if suite not in SUITES:
+            raise ConfigError(f"config.benchmark.suites names {suite!r}; {nearest(suite, SUITES)}")
+    limit_threads()
+    rows: list[Row] = []
+    for suite in wanted:
+        rows += SUITES[suite](config, workdir, repeats)
+    table = rich.table.Table("model", "metric", "ours", "peer", "ratio", title=f"medians of {repeats}")
+    for row in rows:
+        table.add_row(row.name, row.metric, f"{row.ours:,.4g}", f"{row.peer:,.4g}", f"{row.ratio:.2f}x")
+    rich.console.Console(width=120).print(table)
+    write_json(
+        workdir / "benchmark.json",
+        {"rows": [dataclasses.asdict(row) for row in rows], "repeats": repeats, "machine": machine()},
+    )
+
+
+def limit_threads() -> None:
+    """Leaves this process two cores, so that both sides have as many; jax must not have started yet."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpu = "unknown"
+    if (info := pathlib.Path("/proc/cpuinfo")).exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return {"cpu": cpu, "threads": THREADS, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+def median_seconds(sides: Iterable[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median seconds of each function, measured in turn so that drift of the machine meets all of them."""
+    sides = list(sides)
+    seconds: list[list[float]] = [[] for _ in sides]
+    for side in sides:
+        side()
+    for _ in range(repeats):
+        for times, side in zip(seconds, sides, strict=True):
+            start = time.perf_counter()
+            side()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+def against_transformers(name: str, preset: str) -> Callable[..., list[Row]]:
+    """A suite: `preset` against the transformers class of the same weights."""
+
+    def suite(config: Any, workdir: pathlib.Path, repeats: int) -> list[Row]:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise ConfigError(f"suite {name!r} needs torch and transformers: pip install -e '.[dev]'") from error
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        torch.set_num_threads(THREADS)
+        model = create(preset)
+        params = model.init(jax.random.key(config.seed))
+        with tempfile.TemporaryDirectory() as folder:
+            zoo.to_hf(model, params, pathlib.Path(folder) / "weights")
+            peer = transformers.AutoModelForCausalLM.from_pretrained(
+                pathlib.Path(folder) / "weights", dtype=torch.float32
+            )
+        rows = []
+        for metric, tokens, ours, theirs in (
+            ("prefill tokens/s", PREFILL_LENGTH, _prefill(model, params), _torch_prefill(peer)),
+            ("decode tokens/s", DECODE_TOKENS, _decode(model, params), _torch_decode(peer)),
+            ("train step tokens/s", int(np.prod(TRAIN_SHAPE)), _train(model, params), _torch_train(peer)),
+        ):
+            a, b = median_seconds((ours, theirs), repeats)
+            rows.append(Row(preset, metric, tokens / a, tokens / b, b / a))
+            gc.collect()
+        return rows
+
+    return suite
+
+
+def _tokens(model: Model, shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, shape, dtype=np.int32)
+
+
+def _prefill(model: Model, params: Tree, length: int = PREFILL_LENGTH) -> Callable[[], Any]:
+    """State and next-token logits after a prompt."""
+    state, tokens = model.init_state(1, length), _tokens(model, (1, length))
+    call = jax.jit(lambda p, t, s: model.apply(p, t, state=s, logits="last"))
+
+    def side():
+        out = call(params, tokens, state)
+        jax.block_until_ready((out.logits, out.state))
+
+    return side
+
+
+def _torch_prefill(peer: Any) -> Callable[[], Any]:
+    import torch
+
+    tokens = torch.randint(0, peer.config.vocab_size, (1, PREFILL_LENGTH))
+
+    @torch.no_grad()
+    def side():
+        peer.eval()
+        return peer(tokens, use_cache=True, logits_to_keep=1)
+
+    return side
+
+
+def decoder(model: Model, params: Tree, prompt: int, steps: int, max_length: int) -> Callable[[], Any]:
+    """Greedy decoding of `steps` tokens after `prompt` ones, in one program, the state kept between calls' starts."""
+    ready = prepare(model, params)
+    state = model.init_state(1, max_length)
+    out = jax.jit(lambda p, t, s: model.apply(p, t, state=s, logits="last"))(params, _tokens(model, (1, prompt)), state)
+    unrolled = isinstance(ready["layers"], tuple)
+    state = jax.block_until_ready(zoo.unroll(out.state, model.config) if unrolled else out.state)
+
+    @jax.jit
+    def loop(params, state, token):
+        def step(_, carry):
+            state, token = carry
+            out = model.apply(params, token, state=state, logits="last")
+            return out.state, jnp.argmax(out.logits[:, 0], axis=-1)[:, None].astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, steps, step, (state, token))
+
+    first = jnp.zeros((1, 1), jnp.int32)
+    return lambda: jax.block_until_ready(loop(ready, state, first)[1])
+
+
+def _decode(model: Model, params: Tree) -> Callable[[], Any]:
+    return decoder(model, params, 128, DECODE_TOKENS, 128 + DECODE_TOKENS)
+
+
+def _torch_decode(peer: Any) -> Callable[[], Any]:
+    import copy
+
+    import torch
+
+    prompt = torch.randint(0, peer.config.vocab_size, (1, 128))
+    with torch.no_grad():
+        start = peer.eval()(prompt, use_cache=True)
+    cache = "cache_params" if hasattr(start, "cache_params") else "past_key_values"
+
+    @torch.no_grad()
+    def side():
+        state, token = copy.deepcopy(start[cache]), torch.zeros((1, 1), dtype=torch.long)
+        for _ in range(DECODE_TOKENS):
+            out = peer(token, use_cache=True, **{cache: state})
+            token = out.logits[:, -1:].argmax(-1)
+
+    return side
+
+
+def _train(model: Model, params: Tree) -> Callable[[], Any]:
+    """Forward, backward and AdamW in one jitted step; the weights are copies."""
+    optimizer = optax.adamw(1e-5)
+    held = [jax.tree.map(jnp.copy, params)]
+    held.append(optimizer.init(held[0]))
+    tokens = _tokens(model, TRAIN_SHAPE)
+
+    def step(params, opt_state, tokens):
+        def loss(params):
+            logits = model.apply(params, tokens).logits[:, :-1]
+            return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+
+    def side():
+        held[0], held[1], _ = jax.block_until_ready(jitted(held[0], held[1], tokens))
+
+    return side
+
+
+def _torch_train(peer: Any) -> Callable[[], Any]:
+    import torch
+
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5)
+    tokens = torch.randint(0, peer.config.vocab_size, TRAIN_SHAPE)
+
+    def side():
+        peer.train()
+        optimizer.zero_grad()
+        peer(tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return side
+
+
+def samba_against_twin(config: Any, workdir: pathlib.Path, repeats: int) -> list[Row]:
+    """samba-tiny against transformer-tiny over config.benchmark.lengths: time and memory per token."""
+    models = [create(name) for name in ("samba-tiny", "transformer-tiny")]
+    sizes = " and ".join(f"{m.name} {count(m.param_specs()):,}" for m in models)
+    rows = []
+    for length in config.benchmark.lengths:
+        params = [m.init(jax.random.key(config.seed)) for m in models]
+        label = f"samba-tiny, {length:,} tokens"
+        prefill = median_seconds([_prefill(m, p, length) for m, p in zip(models, params, strict=True)], repeats)
+        decode = median_seconds(
+            [decoder(m, p, length, DECODE_TOKENS, length + DECODE_TOKENS) for m, p in zip(models, params, strict=True)],
+            repeats,
+        )
+        for metric, values in (
+            ("prefill us/token", [s / length * 1e6 for s in prefill]),
+            ("decode us/token", [s / DECODE_TOKENS * 1e6 for s in decode]),
+            ("prefill working memory, bytes/token", [_temporary(m, length) / length for m in models]),
+            ("state bytes", [float(nbytes(m.state_specs(1, length))) for m in models]),
+        ):
+            rows.append(Row(label, metric, *values, ratio=values[1] / values[0]))
+    plot_lengths(workdir / "benchmark.png", rows, title=f"Samba and its transformer twin ({sizes} parameters)")
+    return rows
+
+
+def _temporary(model: Model, length: int) -> float:
+    """Bytes that a compiled prefill needs beyond parameters, tokens, state and outputs."""
+    from zoo.core import params as params_lib
+
+    abstract = params_lib.abstract(model.param_specs()), params_lib.abstract(model.state_specs(1, length))
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    call = jax.jit(lambda p, t, s: model.apply(p, t, state=s, logits="last"))
+    analysis: Any = call.lower(abstract[0], tokens, abstract[1]).compile().memory_analysis()
+    return float(analysis.temp_size_in_bytes)
+
+
+SUITES: dict[str, Callable[..., list[Row]]] = {
+    "mamba-130m": against_transformers("mamba-130m", "mamba-130m"),
+    "llama-135m": against_transformers("llama-135m", "llama-135m"),
+    "samba": samba_against_twin,
+}

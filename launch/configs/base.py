@@ -1,0 +1,66 @@
+"""Defaults of every key that all runs share. Other configs start from here.
+
+`model`, `objective`, `optimizer`, `optimizer.schedule`, `data.source`, `data.tokenizer` and `rules.overrides` take the
+options of whatever their `name` names; every other key must be one of these.
+"""
+
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> Any:
+    """A tiny Samba on bytes of the standard library, an ml_collections.ConfigDict: data only, all of it overridable."""
+    config = ml_collections.ConfigDict()
+    config.mode = "train"  # train, evaluate, generate, compile, benchmark
+    config.seed = 0
+    config.steps = 1000  # optimiser steps
+    config.batch_size = 8  # rows of one optimiser step, over all devices
+    config.sequence_length = 256
+    config.accumulation = 1  # microbatches that a step is split into
+    config.ema_decay = 0.0  # > 0 keeps a moving average of the parameters, used for evaluation and samples
+    config.implementation = config_dict.placeholder(str)  # of every op; None = the platform's
+
+    # vocab_size: None = the tokenizer's. dtype is the compute dtype; parameters stay float32.
+    config.model = {"name": "samba-tiny", "vocab_size": config_dict.placeholder(int), "dtype": "float32"}
+    config.objective = {"name": "cross_entropy"}
+    config.optimizer = {
+        "name": "adamw",
+        "learning_rate": 1e-3,
+        "clip_norm": 1.0,  # of the global gradient norm; 0 = no clipping
+        # steps: horizon of the schedule; None = config.steps
+        "schedule": {"name": "cosine", "warmup_steps": 100, "steps": config_dict.placeholder(int)},
+    }
+    config.data = {
+        "source": {"name": "stdlib"},
+        "tokenizer": {"name": "bytes"},
+        "shuffle_rows": 1024,
+        "epochs": config_dict.placeholder(int),  # None never ends
+        "directory": config_dict.placeholder(str),  # prepared files, shared between runs; None = the workdir
+    }
+    config.mesh = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "expert": 1}  # one -1 takes what is left
+    config.rules = {"name": "dp", "overrides": {}}
+    config.checkpoint = {"every": 500, "keep_last": 2, "keep_best": 1}  # every: 0 = at evaluations and the end only
+    # every: 0 = at the end only. batches: of one evaluation while training (0 = all); the final one takes all.
+    # checkpoint: which one mode=evaluate and mode=generate read: best, last or a step.
+    config.evaluate = {"every": 500, "batches": 0, "checkpoint": "last"}
+    config.log = {"every": 10, "tensorboard": True}  # every: steps between lines where there is no terminal
+    config.generate = {
+        "prompts": ("def", "import", "class"),
+        "max_tokens": 128,
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "stop": (),  # texts that end a sample
+    }
+    config.topology = config_dict.placeholder(
+        str
+    )  # of mode=compile: "v5p:8x8x8", "v5e:16x16", ...; None = this machine
+    config.benchmark = {  # suites: of launch/benchmark.py. lengths: of the samba suite
+        "suites": ("mamba-130m", "llama-135m", "samba"),
+        "repeats": 5,
+        "lengths": (1024, 4096, 16384, 65536),
+    }
+    return config

@@ -1,0 +1,69 @@
+"""Continuations of prompts by a trained model."""
+
+import pathlib
+import re
+from typing import Any
+
+import jax
+
+from launch import run as run_lib
+from launch.config import ConfigError
+from launch.run import Run
+from zoo.core import sharding
+from zoo.decoding import Callback, Generation, Sampling, generate, terminal
+
+
+def sample(run: Run, params: Any, on_tokens: Callback | None = None) -> list[Generation]:
+    """Continues the prompts of config.generate; each starts a document.
+
+    Args:
+      run: the run.
+      params: parameters on the run's mesh.
+      on_tokens: called with (row, new tokens, new text) as they come.
+    """
+    options = run.config["generate"]
+    prompts = options["prompts"]
+    if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
+    tokenizer: Any = run.data.tokenizer  # its ids are arrays where decoding's protocol says lists
+    ids = [[tokenizer.bos_id, *map(int, tokenizer.encode(text))] for text in prompts]
+    # There are a few prompts, and any number of devices: their rows are not split.
+    with sharding.use(run.mesh, {**run.rules, "batch": None}):
+        return generate(
+            run.model,
+            params,
+            ids,
+            max_new_tokens=options["max_tokens"],
+            sampling=Sampling(**{name: options[name] for name in ("temperature", "top_k", "top_p", "min_p")}),
+            stop=tuple(options["stop"]),
+            on_tokens=on_tokens,
+            key=jax.random.key(run.config["seed"]),
+            tokenizer=tokenizer,
+            implementation=run.config["implementation"],
+        )
+
+
+def write_samples(run: Run, params: Any, step: int, on_tokens: Callback | None = None) -> str:
+    """Writes samples.md, one section per prompt, and returns it."""
+    generations = sample(run, params, on_tokens)
+    parts = [f"# Samples of {run.config['model']['name']} at step {step}\n"]
+    for prompt, generation in zip(run.config["generate"]["prompts"], generations, strict=True):
+        text = prompt + (generation.text or "")
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any inside
+        parts.append(f"## {prompt!r}, ended by {generation.finish_reason}\n\n{fence}text\n{text}\n{fence}\n")
+    samples = "\n".join(parts)
+    if jax.process_index() == 0:
+        (run.workdir / "samples.md").write_text(samples)
+    return samples
+
+
+def run(config: Any, workdir: pathlib.Path) -> None:
+    """mode=generate: continues the prompts with a checkpoint of the workdir; a single prompt's text streams."""
+    this = run_lib.build(config, workdir)
+    step, params = this.restore_params()
+    stream = len(this.config["generate"]["prompts"]) == 1 and jax.process_index() == 0
+    if stream:
+        print(this.config["generate"]["prompts"][0], end="", flush=True)
+    samples = write_samples(this, params, step, terminal() if stream else None)
+    if jax.process_index() == 0:
+        print() if stream else print(samples)

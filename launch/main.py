@@ -1,0 +1,61 @@
+"""The one entry point.
+
+    python launch/main.py --config=launch/configs/<name>.py[:variant] --workdir=DIR [--config.a.b=value]
+
+`--config.mode` is one of train, evaluate, generate, compile, benchmark.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+import sys
+
+if __name__ == "__main__":  # a script's own folder comes first otherwise, and its files would shadow other packages
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from launch.config import MODES, ConfigError, check
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "a file of launch/configs", lock_config=False, accept_new_attributes=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a stopped run goes on from what is there")
+
+
+def dispatch(config, workdir: pathlib.Path) -> None:
+    """Runs config.mode in workdir.
+
+    Raises:
+      ConfigError: the config is wrong, or the mode is not there.
+    """
+    check(config)
+    module = f"launch.{config.mode}"
+    if importlib.util.find_spec(module) is None:
+        there = [mode for mode in MODES if importlib.util.find_spec(f"launch.{mode}") is not None]
+        raise ConfigError(f"mode={config.mode} is not part of this version; there are {', '.join(there)}")
+    importlib.import_module(module).run(config, workdir)
+
+
+def main(argv: list[str]) -> None:
+    """Checks the command line, then runs."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --config.key=value")
+    from launch.mesh import initialise_processes
+
+    if logging.get_verbosity() == logging.INFO:  # what absl sets; --verbosity=1 shows everything
+        logging.set_verbosity(logging.WARNING)
+    initialise_processes()
+    workdir = pathlib.Path(str(_WORKDIR.value)).expanduser()
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        dispatch(_CONFIG.value, workdir)
+    except ConfigError as error:
+        logging.debug("traceback", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,168 @@
+"""The training state and the step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from objectives import LossOutput, Objective
+from zoo.core import params as params_lib
+from zoo.core.context import SeqContext
+from zoo.core.params import Tree
+from zoo.core.sharding import Rules, constrain, shardings
+from zoo.models import Model
+
+Batch = dict[str, jax.Array]
+Loss = Callable[[Tree, Batch, jax.Array], LossOutput]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes, plus the run's key.
+
+    Attributes:
+      step: int32 scalar, updates so far.
+      params: parameters, as the model declares them.
+      opt_state: of the optax optimiser.
+      ema: moving average of the parameters, or None.
+      rng: key data of the run's random key; step n uses fold_in(key, n).
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    rng: Any
+
+
+def init_state(model: Model, optimizer: optax.GradientTransformation, *, seed: int, ema: bool) -> TrainState:
+    """The state of step 0. Traceable: jit it with `state_shardings`."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    params = params_lib.initialise(model.param_specs(), init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        rng=jax.random.key_data(run_key),
+    )
+
+
+def state_shardings(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules, *, ema: bool
+) -> TrainState:
+    """Shardings of a TrainState: the optimiser's moments lie like their parameters, all else is replicated."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    of_params = shardings(model.param_specs(), mesh, rules)
+    opt_state = jax.eval_shape(optimizer.init, params_lib.abstract(model.param_specs()))
+    of_opt = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, s: s, opt_state, of_params, transform_non_params=lambda _: replicated
+    )
+    return TrainState(replicated, of_params, of_opt, of_params if ema else None, replicated)
+
+
+def language_model_loss(model: Model, objective: Objective, implementation: str | None = None) -> Loss:
+    """`loss(params, batch, key)`: the model on packed documents, then the objective on its logits."""
+
+    def loss(params: Tree, batch: Batch, key: jax.Array) -> LossOutput:
+        del key  # no objective or layer here draws random numbers
+        ctx = SeqContext(positions=batch["positions"], segment_ids=batch["segment_ids"])
+        logits = model.apply(params, batch["tokens"], ctx=ctx, implementation=implementation).logits
+        return objective(logits, batch["targets"], batch["loss_mask"])
+
+    return loss
+
+
+def _microbatches(batch: Batch, count: int) -> Batch:
+    """[B, ...] to [count, B / count, ...]; microbatch i holds rows i, i + count, ...: no row changes its device."""
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *("time",)[: x.ndim - 2])
+
+    return jax.tree.map(split, batch)
+
+
+def summed_gradients(
+    loss: Loss, params: Tree, batch: Batch, key: jax.Array, accumulation: int = 1
+) -> tuple[LossOutput, Tree]:
+    """LossOutput of a batch and the gradient of its loss_sum, in float32, `accumulation` microbatches at a time."""
+
+    def one(microbatch: Batch, key: jax.Array) -> tuple[LossOutput, Tree]:
+        def objective(params: Tree) -> tuple[jax.Array, LossOutput]:
+            output = loss(params, microbatch, key)
+            return output.loss_sum, output
+
+        grads, output = jax.grad(objective, has_aux=True)(params)
+        return output, params_lib.cast(grads, jnp.float32)
+
+    if accumulation == 1:
+        return one(batch, key)
+    batches = _microbatches(batch, accumulation)
+    first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batches), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+
+    def add(total, inputs):
+        index, microbatch = inputs
+        return jax.tree.map(jnp.add, total, one(microbatch, jax.random.fold_in(key, index))), None
+
+    return jax.lax.scan(add, zeros, (jnp.arange(accumulation), batches))[0]
+
+
+def make_train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    *,
+    accumulation: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch) -> (state, metrics)`; jit it with the state donated.
+
+    The loss is loss_sum / weight over the whole batch: dividing once makes any number of microbatches or devices equal
+    to one. When loss, gradient norm or the new parameters' norm is not finite the state comes back unchanged and
+    metrics["finite"] is False.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        output, grads = summed_gradients(loss, state.params, batch, key, accumulation)
+        weight = jnp.where(output.weight > 0, output.weight, 1.0)  # a batch of padding changes nothing but decay
+        grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
+        grad_norm = optax.tree_utils.tree_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        param_norm = optax.tree_utils.tree_norm(params)
+        mean = output.loss_sum / weight
+        finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+        new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+        metrics = {
+            "loss": mean,
+            "grad_norm": grad_norm,
+            "param_norm": param_norm,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "tokens": output.weight,
+            "finite": finite,
+        }
+        return new, metrics | {name: value / weight for name, value in output.metrics.items()}
+
+    return train_step
+
+
+def make_eval_step(loss: Loss) -> Callable[[Tree, Batch, jax.Array], dict[str, jax.Array]]:
+    """`step(params, batch, key)`: the sums weight, metrics of the objective and bytes of the batch's targets."""
+
+    def eval_step(params: Tree, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        output = loss(params, batch, key)
+        return {"weight": output.weight, "bytes": jnp.sum(batch["target_bytes"]), **output.metrics}
+
+    return eval_step
