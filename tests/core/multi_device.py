@@ -1,0 +1,61 @@
+"""Run in its own process with eight simulated devices: sharded = replicated. See test_sharding.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import zoo
+from tests.trees import FLOAT32_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_trees_close, assert_trees_equal
+from zoo.core import sharding
+from zoo.core.compat import make_mesh
+from zoo.core.params import flatten
+
+
+def check_init(model, mesh, rules, plain):
+    """Parameters are bitwise the same however they are sharded, and are really split."""
+    specs = sharding.shardings(model.param_specs(), mesh, rules)
+    params = model.init(jax.random.key(0), specs)
+    assert_trees_equal(params, plain, "init")
+    for path, leaf in flatten(params).items():
+        assert leaf.sharding == flatten(specs)[path], path
+    split = [path for path, leaf in flatten(params).items() if not leaf.is_fully_replicated]
+    return params, split
+
+
+def check_loss(model, mesh, rules, params, plain, tokens):
+    """Loss and gradients with sharded parameters and activations equal those of one device."""
+
+    def loss(params, tokens):
+        logits = model.apply(params, tokens[:, :-1]).logits
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
+        return -jnp.mean(picked)
+
+    want, want_gradient = jax.jit(jax.value_and_grad(loss))(plain, tokens)
+    with sharding.use(mesh, rules):
+        batch = sharding.partition_spec(("batch", "time"), tokens.shape, rules, mesh)
+        placed = jax.device_put(tokens, jax.sharding.NamedSharding(mesh, batch))
+        have, gradient = jax.jit(jax.value_and_grad(loss))(params, placed)
+    assert_close(have, want, FLOAT32_TOLERANCE, "loss")
+    assert_trees_close(
+        jax.tree.map(np.asarray, gradient), jax.tree.map(np.asarray, want_gradient), GRADIENT_TOLERANCE, "gradients"
+    )
+
+
+def main():
+    assert jax.device_count() == 8
+    model = zoo.create("samba-tiny", layers=2)
+    plain = model.init(jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 512, (8, 10)), jnp.int32)
+    for table, sizes in (("fsdp", {"data": 2, "fsdp": 4}), ("fsdp_tp", {"data": 2, "fsdp": 2, "tensor": 2})):
+        mesh, rules = make_mesh(sizes), sharding.resolve_rules(table)
+        params, split = check_init(model, mesh, rules, plain)
+        assert "layers/0_mamba/mixer/in_proj" in split
+    check_loss(model, mesh, rules, params, plain, tokens)
+    mesh, rules = make_mesh({"data": 8}), sharding.resolve_rules("dp")
+    params, split = check_init(model, mesh, rules, plain)
+    assert not split
+    print("8 devices: all equal")
+
+
+if __name__ == "__main__":
+    main()

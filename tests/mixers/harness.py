@@ -1,0 +1,137 @@
+"""What the conformance battery shares: cases, contexts written out by hand, and compiled forms of `mix`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.mixers.numpy_oracles import ORACLES
+from tests.trees import fast_jit, redraw, to_float64
+from zoo.core.context import SeqContext
+from zoo.core.params import abstract
+from zoo.mixers import MIXERS, mixer_of
+
+WIDTH, BATCH, LENGTH = 16, 3, 13
+CAPACITY = 24  # of states that grow with the sequence
+
+CASES = [(f"{name}-{i}", config) for name, mixer in MIXERS.items().items() for i, config in enumerate(mixer.examples)]
+
+
+@functools.cache
+def params_of(config):
+    return redraw(mixer_of(config).param_specs(config, WIDTH), seed=1)
+
+
+def inputs(seed, batch=BATCH, length=LENGTH):
+    return np.random.default_rng(seed).standard_normal((batch, length, WIDTH)).astype(np.float32)
+
+
+@functools.cache
+def fresh(config, batch=BATCH, dtype=jnp.float32):
+    return mixer_of(config).init_state(config, batch, CAPACITY, dtype)
+
+
+@functools.cache
+def forward(config, implementation=None):
+    """mix as a compiled function (params, x, ctx, state) -> (y, state)."""
+    mix = mixer_of(config).mix
+    return fast_jit(
+        lambda params, x, ctx, state=None: mix(params, x, ctx, state, config=config, implementation=implementation)
+    )
+
+
+@functools.cache
+def gradient(config, implementation=None):
+    """(params, x, state, ctx, cot_y, cot_state) -> (gradients of the first three, (y, state))."""
+    mix = mixer_of(config).mix
+
+    def loss(params, x, state, ctx, cot_y, cot_state):
+        y, new = mix(params, x, ctx, state, config=config, implementation=implementation)
+        total = jnp.sum(y * cot_y)
+        for leaf, cot in zip(jax.tree.leaves(new), jax.tree.leaves(cot_state), strict=True):
+            if jnp.issubdtype(leaf.dtype, jnp.inexact):
+                total += jnp.sum(leaf * cot)
+        return total, (y, new)
+
+    return fast_jit(jax.grad(loss, argnums=(0, 1, 2), allow_int=True, has_aux=True))
+
+
+def cotangents(config, seed, length=LENGTH, batch=BATCH):
+    rng = np.random.default_rng(seed)
+    specs = abstract(mixer_of(config).state_specs(config, batch, CAPACITY, jnp.float32))
+    draw = lambda s: rng.standard_normal(s.shape).astype(np.float32)  # noqa: E731
+    return rng.standard_normal((batch, length, WIDTH)).astype(np.float32), jax.tree.map(draw, specs)
+
+
+def context(segments, start=0):
+    """A SeqContext written out token by token; padding gets positions that nothing may read."""
+    segments = np.asarray(segments, np.int32)
+    start = np.broadcast_to(start, segments.shape[:1])
+    positions = np.full(segments.shape, 77, np.int32)
+    for row, ids in enumerate(segments):
+        previous, position, seen = 0, 0, False
+        for t, current in enumerate(ids):
+            if current != 0:
+                if current != previous:
+                    position, seen = (0 if seen else start[row]), True
+                positions[row, t] = position
+                position += 1
+            previous = current
+    return SeqContext(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def contiguous(start, length, batch=BATCH):
+    return SeqContext.contiguous(jnp.full((batch,), start, jnp.int32), length)
+
+
+def documents(segments):
+    """[(row, first, last + 1, whether it is the row's first document)] of every document."""
+    found = []
+    for row, ids in enumerate(np.asarray(segments)):
+        t, first = 0, True
+        while t < len(ids):
+            end = t
+            while end < len(ids) and ids[end] == ids[t]:
+                end += 1
+            if ids[t] != 0:
+                found.append((row, t, end, first))
+                first = False
+            t = end
+    return found
+
+
+def oracle(config, params, x, segments=None, history=None):
+    """The float64 oracle on a batch, document by document; `history` [B, P, D] is continued by each first document."""
+    run, x = ORACLES[mixer_of(config).name], np.asarray(x, np.float64)
+    params = to_float64(params)
+    segments = np.ones(x.shape[:2], np.int32) if segments is None else segments
+    y = np.zeros_like(x)
+    for row, begin, end, first in documents(segments):
+        before = np.asarray(history[row], np.float64) if first and history is not None else x[row, :0]
+        y[row, begin:end] = run(config, params, np.concatenate([before, x[row, begin:end]]))[len(before) :]
+    return y
+
+
+def poison(x, segments):
+    """x with NaN at padding."""
+    return np.where((np.asarray(segments) != 0)[..., None], x, np.float32(np.nan))
+
+
+def visible_state(state):
+    """A state with its empty slots cleared: what they hold is never read."""
+    if not hasattr(state, "positions"):
+        return state
+    empty = state.positions < 0
+
+    def clear(leaf):
+        return jnp.where(empty.reshape(empty.shape + (1,) * (leaf.ndim - 2)), jnp.zeros((), leaf.dtype), leaf)
+
+    fields = {f.name: clear(getattr(state, f.name)) for f in dataclasses.fields(state) if f.name != "positions"}
+    return dataclasses.replace(state, **fields)
+
+
+def boundary(config):
+    """The length at which the mixer's memory changes behaviour: its window, or the reach of its convolution."""
+    return getattr(config, "window", None) or getattr(config, "conv_width", None) or 5
