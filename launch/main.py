@@ -6,7 +6,6 @@
 """
 
 import importlib
-import importlib.util
 import pathlib
 import sys
 
@@ -16,7 +15,7 @@ if __name__ == "__main__":  # a script's own folder comes first otherwise, and i
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from launch.config import MODES, ConfigError, check
+from launch.config import ConfigError, check
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "a file of launch/configs", lock_config=False, accept_new_attributes=True
@@ -28,14 +27,10 @@ def dispatch(config, workdir: pathlib.Path) -> None:
     """Runs config.mode in workdir.
 
     Raises:
-      ConfigError: the config is wrong, or the mode is not there.
+      ConfigError: the config is wrong.
     """
     check(config)
-    module = f"launch.{config.mode}"
-    if importlib.util.find_spec(module) is None:
-        there = [mode for mode in MODES if importlib.util.find_spec(f"launch.{mode}") is not None]
-        raise ConfigError(f"mode={config.mode} is not part of this version; there are {', '.join(there)}")
-    importlib.import_module(module).run(config, workdir)
+    importlib.import_module(f"launch.{config.mode}").run(config, workdir)
 
 
 def main(argv: list[str]) -> None:

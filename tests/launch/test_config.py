@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from launch import config as config_lib
-from launch import main, mesh
+from launch import mesh
 from launch.config import ConfigError
-from launch.configs import base, quickstart
+from launch.configs import base, benchmark, quickstart, samba
 from launch.metrics import Meter, Table, read_csv
 from launch.run import build, resolve
 
@@ -31,7 +31,7 @@ def changed(**changes):
     return config
 
 
-@pytest.mark.parametrize("module", [base, quickstart])
+@pytest.mark.parametrize("module", [base, quickstart, benchmark, samba])
 def test_configs_are_plain_and_whole(module):
     config = module.get_config()
     config_lib.check(config)
@@ -146,14 +146,6 @@ def test_meter_leaves_out_pauses(monkeypatch):
     meter.pause()
     assert [meter.tick(20) for _ in range(2)] == [None, 20.0]
     assert meter.rate == 12.0
-
-
-@pytest.mark.parametrize("mode", ["compile", "benchmark"])
-def test_a_mode_that_is_not_there_says_so(mode, tmp_path):
-    if (ROOT / f"launch/{mode}.py").exists():
-        pytest.skip("it is there")
-    with pytest.raises(ConfigError, match=f"mode={mode} is not part of this version; there are train, evaluate"):
-        main.dispatch(changed(mode=mode), tmp_path)
 
 
 def test_command_line(tmp_path):

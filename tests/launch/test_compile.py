@@ -1,0 +1,73 @@
+"""mode=compile: for a TPU topology, without the chips."""
+
+import json
+
+import pytest
+
+from launch import compile as compile_lib
+from launch import main
+from launch.config import ConfigError
+from launch.configs import samba
+
+HLO = """
+  %a = f32[8]{0} all-gather(%x), dimensions={0}
+  %b = (f32[8]{0}, f32[64]{0}) all-gather-start(%y), dimensions={0}
+  %c = f32[64]{0} all-gather-done(%b)
+  %d = f32[8]{0} all-reduce(%a), to_apply=%sum
+  %e = f32[8]{0} add(%a, %d)
+"""
+
+
+def _config(**changes):
+    config = samba.get_config("421m")
+    config.mode, config.topology = "compile", "v5e:2x4"
+    config.model = {"name": "samba-tiny", "vocab_size": 256, "dtype": "bfloat16", "width": 32, "layers": 2}
+    config.model |= {"heads": 2, "kv_heads": 1, "hidden": 64, "window": 32}
+    config.batch_size, config.sequence_length, config.mesh.fsdp = 16, 64, 4
+    config.update(changes)
+    return config
+
+
+def test_collectives_are_counted_once():
+    assert compile_lib.count_collectives(HLO) == {"all-gather": 2, "all-reduce": 1}
+
+
+def test_compiles_for_a_topology(tmp_path, monkeypatch, capsys):
+    """ZeRO-3 over 4 x 2 chips: parameters are gathered, gradients reduced; a smaller memory is refused."""
+    pytest.importorskip("libtpu")
+    main.dispatch(_config(), tmp_path)
+    report = json.loads((tmp_path / "compile.json").read_text())
+    assert report["devices"] == 8
+    assert report["mesh"]["data"] == 2
+    assert report["mesh"]["fsdp"] == 4
+    assert report["collectives"]["all-gather"] > 0
+    assert report["collectives"].get("all-reduce", 0) + report["collectives"].get("reduce-scatter", 0) > 0
+    # Parameters and two moments in float32, most of them split four ways.
+    assert 3 * report["parameters"] < report["bytes_per_device"]["arguments"] < 12 * report["parameters"]
+    assert "all-gather" in capsys.readouterr().out
+
+    monkeypatch.setitem(compile_lib.HBM, "v5e", 1000)
+    with pytest.raises(ConfigError, match=r"samba-tiny does not fit the device: .* of 1,000 per device"):
+        main.dispatch(_config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topology": "v5q:2x4"}, "must look like v5e:16x16 or v5p:8x8x8"),
+        ({"batch_size": 12}, "axis 'batch' of size 12 cannot be split 8 ways"),
+        ({"mesh": {"fsdp": 3}}, "does not fit 8 devices"),
+    ],
+)
+def test_errors_at_the_door(changes, message, tmp_path):
+    if "topology" not in changes:
+        pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match=message):
+        main.dispatch(_config(**changes), tmp_path)
+
+
+def test_needs_a_vocabulary(tmp_path):
+    config = _config()
+    config.model.vocab_size = None
+    with pytest.raises(ConfigError, match=r"give config\.model\.vocab_size"):
+        main.dispatch(config, tmp_path)
