@@ -23,6 +23,11 @@ def draw(shape, seed):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+def attach(params, specs, pattern, **options):
+    """lora.attach, compiled quickly: an outer jit decides for the inner one."""
+    return fast_jit(lambda p: lora.attach(p, specs, pattern, **options))(params)
+
+
 def randomised(params, seed=5):
     """Adapters whose B is not zero."""
     mask = lora.trainable_mask(params)
@@ -63,8 +68,8 @@ def test_init_is_kaiming_uniform_and_keyed_by_path():
         "n": Spec((64, 3), ("embed", "mlp"), inputs=1),
     }
     params = redraw(specs, 1)
-    both = lora.attach(params, specs, ["m", "n"], rank=8, alpha=4.0, key=jax.random.key(0))
-    alone = lora.attach(params, specs, "n", rank=8, alpha=4.0, key=jax.random.key(0))
+    both = attach(params, specs, ["m", "n"], rank=8, alpha=4.0, key=jax.random.key(0))
+    alone = attach(params, specs, "n", rank=8, alpha=4.0, key=jax.random.key(0))
     np.testing.assert_array_equal(both["n"].a, alone["n"].a)
     for name, bound in (("m", 1 / 4), ("n", 1 / 8)):
         assert not np.asarray(both[name].b).any()
@@ -81,7 +86,7 @@ def test_every_preset_takes_adapters(name):
     specs, tokens = model.param_specs(), jnp.arange(2 * 7).reshape(2, 7) * 31 % 512
     params = redraw(specs, 2)
     run = fast_jit(lambda p: model.apply(p, tokens).logits)
-    adapted = lora.attach(params, specs, EVERY_MATRIX, rank=3, alpha=6.0, key=jax.random.key(1))
+    adapted = attach(params, specs, EVERY_MATRIX, rank=3, alpha=6.0, key=jax.random.key(1))
     matrices = [path for path, spec in flatten(specs).items() if spec.inputs and path.startswith("layers")]
     assert len(jax.tree.leaves(adapted)) == len(jax.tree.leaves(params)) + 2 * len(matrices)
     assert_close(run(adapted), run(params), FLOAT32_TOLERANCE, "B = 0")
@@ -101,7 +106,7 @@ def test_gradients_and_optimiser_state_of_the_adapters_alone():
     model = zoo.create("samba-tiny", layers=2)
     specs, tokens = model.param_specs(), jnp.arange(2 * 5).reshape(2, 5) * 31 % 512
     base = redraw(specs, 3)
-    params = randomised(lora.attach(base, specs, "layers/*/o", rank=3, alpha=1.5, key=jax.random.key(1)))
+    params = randomised(attach(base, specs, "layers/*/o", rank=3, alpha=1.5, key=jax.random.key(1)))
     loss = lambda p: jnp.mean(jnp.sin(model.apply(p, tokens).logits))  # noqa: E731
     train, frozen = partition(params, lora.trainable_mask(params))
     paths = list(flatten(train))
@@ -129,7 +134,7 @@ def test_specs_count_shard_and_initialise():
     adapted = lora.param_specs(specs, ["layers/*/q", "layers/*/down"], rank=4, alpha=8.0)
     per_layer = 4 * (64 + 4 * 16) + 4 * (192 + 64)
     assert count(adapted) == count(specs) + 4 * per_layer
-    params = lora.attach(model.init(jax.random.key(0)), specs, ["layers/*/q", "layers/*/down"], rank=4, alpha=8.0,
+    params = attach(redraw(specs, 6), specs, ["layers/*/q", "layers/*/down"], rank=4, alpha=8.0,
                          key=jax.random.key(1))  # fmt: skip
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     assert shapes == abstract(adapted)
@@ -143,8 +148,8 @@ def test_specs_count_shard_and_initialise():
 def test_save_and_restore_as_a_plain_dict():
     model = zoo.create("llama-tiny", layers=2)
     specs, base = model.param_specs(), redraw(model.param_specs(), 4)
-    once = randomised(lora.attach(base, specs, "layers/*/[qv]", rank=2, alpha=1.0, key=jax.random.key(0)))
-    twice = randomised(lora.attach(once, specs, "layers/*/q", rank=3, alpha=1.0, key=jax.random.key(1)), 9)
+    once = randomised(attach(base, specs, "layers/*/[qv]", rank=2, alpha=1.0, key=jax.random.key(0)))
+    twice = randomised(attach(once, specs, "layers/*/q", rank=3, alpha=1.0, key=jax.random.key(1)), 9)
     for params in (once, twice):
         packed = lora.to_dict(params)
         assert list(packed) == ["layers"]

@@ -53,7 +53,7 @@ def loss_of(model, params, tokens):
 @pytest.mark.parametrize("name", TINY)
 def test_loss_at_init_is_near_log_vocabulary(name):
     model, tokens = model_of(name), tokens_of(0)
-    logits = run_of(name)(model.init(jax.random.key(0)), tokens).logits
+    logits = run_of(name)(fast_jit(model.init)(jax.random.key(0)), tokens).logits
     assert logits.dtype == jnp.float32
     targets = tokens_of(1)
     loss = float(jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets)))
@@ -144,7 +144,7 @@ def test_samba_overfits_one_batch():
         updates, state = optimiser.update(gradient, state)
         return optax.apply_updates(params, updates), state, loss
 
-    params = model.init(jax.random.key(0))
+    params = fast_jit(model.init)(jax.random.key(0))
     state, losses = optimiser.init(params), []
     for _ in range(60):
         params, state, loss = step(params, state)
