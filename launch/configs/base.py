@@ -60,7 +60,7 @@ def get_config() -> Any:
     )  # of mode=compile: "v5p:8x8x8", "v5e:16x16", ...; None = this machine
     config.benchmark = {  # suites: of launch/benchmark.py. lengths: of the samba suite
         "suites": ("mamba-130m", "llama-135m", "samba"),
-        "repeats": 5,
+        "repeats": 3,
         "lengths": (1024, 4096, 16384, 65536),
     }
     return config

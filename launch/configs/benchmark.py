@@ -11,7 +11,7 @@ from launch.configs import base
 
 
 def get_config():
-    """All suites, medians of five."""
+    """All suites, medians of three."""
     config = base.get_config()
     config.mode = "benchmark"
     return config
