@@ -1,4 +1,9 @@
-"""A Samba (Mamba and sliding-window attention) on the source code of Python's standard library, in minutes on a CPU."""
+"""A Samba (Mamba and sliding-window attention) on the source code of Python's standard library, in minutes on a CPU.
+
+    pip install -e . && python launch/main.py --config=launch/configs/quickstart.py --workdir=runs/quickstart
+
+Expected on 2 CPU cores: under 5 minutes, about 1.7 bits per byte on held-out files (gzip 2.5, byte unigrams 4.8).
+"""
 
 from typing import Any
 
@@ -27,6 +32,7 @@ def get_config() -> Any:
     config.optimizer.weight_decay = 0.1
     config.optimizer.schedule = {"name": "wsd", "warmup_steps": 30, "decay_fraction": 0.4, "steps": None}
     config.data.tokenizer = {"name": "bpe", "vocab_size": 4096}
+    config.data.shuffle_rows = 16384  # all rows of an epoch: the many rows of one long file come apart
     config.checkpoint.every = 150
     config.evaluate.every = 150
     config.evaluate.batches = 16
