@@ -65,14 +65,12 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     rows: list[Row] = []
     for suite in wanted:
         rows += SUITES[suite](config, workdir, repeats)
+        content = {"rows": [dataclasses.asdict(row) for row in rows], "repeats": repeats, "machine": machine()}
+        write_json(workdir / "benchmark.json", content)  # after each suite: a stopped run keeps what it measured
     table = rich.table.Table("model", "metric", "ours", "peer", "ratio", title=f"medians of {repeats}")
     for row in rows:
         table.add_row(row.name, row.metric, f"{row.ours:,.4g}", f"{row.peer:,.4g}", f"{row.ratio:.2f}x")
     rich.console.Console(width=120).print(table)
-    write_json(
-        workdir / "benchmark.json",
-        {"rows": [dataclasses.asdict(row) for row in rows], "repeats": repeats, "machine": machine()},
-    )
 
 
 def limit_threads() -> None:
