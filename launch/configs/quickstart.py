@@ -13,7 +13,7 @@ from launch.configs import base
 def get_config() -> Any:
     """Width 128, two blocks, byte-level BPE with 4096 ids."""
     config = base.get_config()
-    config.steps = 450
+    config.steps = 400
     config.batch_size = 8
     config.sequence_length = 256
     config.model = {
@@ -33,7 +33,7 @@ def get_config() -> Any:
     config.optimizer.schedule = {"name": "wsd", "warmup_steps": 30, "decay_fraction": 0.4, "steps": None}
     config.data.tokenizer = {"name": "bpe", "vocab_size": 4096}
     config.data.shuffle_rows = 16384  # all rows of an epoch: the many rows of one long file come apart
-    config.checkpoint.every = 150
-    config.evaluate.every = 150
+    config.checkpoint.every = 200
+    config.evaluate.every = 200
     config.evaluate.batches = 16
     return config

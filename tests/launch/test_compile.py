@@ -21,8 +21,8 @@ HLO = """
 def _config(**changes):
     config = samba.get_config("421m")
     config.mode, config.topology = "compile", "v5e:2x4"
-    config.model = {"name": "samba-tiny", "vocab_size": 256, "dtype": "bfloat16", "width": 32, "layers": 2}
-    config.model |= {"heads": 2, "kv_heads": 1, "hidden": 64, "window": 32}
+    sizes = {"vocab_size": 256, "width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 64, "window": 32}
+    config.model = {"name": "samba-tiny", "dtype": "bfloat16", **sizes}
     config.batch_size, config.sequence_length, config.mesh.fsdp = 16, 64, 4
     config.update(changes)
     return config
