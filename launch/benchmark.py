@@ -28,6 +28,7 @@ import rich.table
 import zoo
 from launch.config import ConfigError, check, write_json
 from launch.plots import plot_lengths
+from objectives.language_model import cross_entropy
 from zoo.core.params import Tree, count, nbytes
 from zoo.core.registry import nearest
 from zoo.decoding import prepare
@@ -213,11 +214,13 @@ def _train(model: Model, params: Tree) -> Callable[[], Any]:
     held = [jax.tree.map(jnp.copy, params)]
     held.append(optimizer.init(held[0]))
     tokens = _tokens(model, TRAIN_SHAPE)
+    targets, mask = np.roll(tokens, -1, axis=1), np.ones(TRAIN_SHAPE, np.float32)
+    mask[:, -1] = 0  # the last token has no next one
 
     def step(params, opt_state, tokens):
         def loss(params):
-            logits = model.apply(params, tokens).logits[:, :-1]
-            return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+            output = cross_entropy(model.apply(params, tokens).logits, targets, mask)
+            return output.loss_sum / output.weight
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -8,6 +8,7 @@ import zoo
 from tests.trees import FLOAT32_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_trees_close, assert_trees_equal
 from zoo.core import sharding
 from zoo.core.compat import make_mesh
+from zoo.core.linear import linear
 from zoo.core.params import flatten
 
 
@@ -41,6 +42,18 @@ def check_loss(model, mesh, rules, params, plain, tokens):
     )
 
 
+def check_linear_under_context(mesh, rules):
+    """Where time is split over devices, no contraction merges it with the batch: that would gather the sequence."""
+    x, w = jnp.ones((4, 8, 16)), jnp.ones((16, 4))
+    with sharding.use(mesh, rules):
+        assert sharding.is_split("time")
+        assert not sharding.is_split("embed")
+        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("data", "context")))
+        text = jax.jit(lambda x, w: linear(x, w, "btd,df->btf")).lower(placed, w).compile().as_text()
+    assert "all-gather" not in text
+    assert not sharding.is_split("time")
+
+
 def main():
     assert jax.device_count() == 8
     model = zoo.create("samba-tiny", layers=2)
@@ -54,6 +67,7 @@ def main():
     mesh, rules = make_mesh({"data": 8}), sharding.resolve_rules("dp")
     params, split = check_init(model, mesh, rules, plain)
     assert not split
+    check_linear_under_context(make_mesh({"data": 2, "context": 4}), {"batch": "data", "time": "context"})
     print("8 devices: all equal")
 
 

@@ -1,6 +1,7 @@
 """The contraction door and its equations."""
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,3 +45,8 @@ def test_split_equation():
     for bad in ("btd,zd->btz", "btd,xdh->bth"):
         with pytest.raises(ValueError, match="contracted dimensions must come first"):
             split_equation(bad)
+
+
+def test_linear_contracts_rows_of_one_matrix():
+    text = jax.jit(lambda x, w: linear(x, w, "btd,df->btf")).lower(jnp.ones((2, 3, 4)), jnp.ones((4, 5))).as_text()
+    assert "tensor<6x4xf32>" in text

@@ -120,3 +120,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh, rules = current
     spec = partition_spec(axes, x.shape, rules, mesh, f"activation {axes}")
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def is_split(axis: str) -> bool:
+    """Whether the mesh and rules in use divide the activations' logical axis `axis` over devices."""
+    current = active()
+    if current is None:
+        return False
+    mesh, rules = current
+    return any(mesh.shape.get(name, 1) > 1 for name in _as_tuple(rules.get(axis)))
