@@ -2,14 +2,16 @@
 
 Suites (config.benchmark.suites):
   mamba-130m, llama-135m: prefill, decode and train step against transformers on torch, with the same weights and two
-    threads on each side.
+    threads on each side, each in a process of its own as its users run it.
   samba: samba-tiny against its transformer twin, prefill and decode per token and memory, over lengths.
 
-Every number is a median of `repeats` after a warm-up; ratio > 1 means that ours is better.
+Every number is a median over two rounds of `repeats` calls after a warm-up; ratio > 1 means that ours is better.
 """
 
 import dataclasses
 import gc
+import importlib.util
+import math
 import os
 import pathlib
 import statistics
@@ -27,6 +29,7 @@ import rich.table
 
 import zoo
 from launch.config import ConfigError, check, write_json
+from launch.peer import Peer
 from launch.plots import plot_lengths
 from objectives.language_model import cross_entropy
 from zoo.core.params import Tree, count, nbytes
@@ -36,7 +39,7 @@ from zoo.models import Model, create
 
 THREADS = 2
 PREFILL_LENGTH = 1024
-DECODE_TOKENS = 32
+PROMPT, DECODE_TOKENS = 128, 32
 TRAIN_SHAPE = (2, 128)  # rows, tokens; torch loops over time, and its graph grows with it
 
 
@@ -89,16 +92,20 @@ def machine() -> dict[str, Any]:
 
 
 def median_seconds(sides: Iterable[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median seconds of each function, measured in turn so that drift of the machine meets all of them."""
+    """Median seconds of each function over two rounds of `repeats` calls in a row.
+
+    Calls follow one another as steps of a run do (the first of a round, which finds the other side's traces in memory,
+    is not counted); two rounds, so that drift of the machine meets all sides.
+    """
     sides = list(sides)
     seconds: list[list[float]] = [[] for _ in sides]
-    for side in sides:
-        side()
-    for _ in range(repeats):
+    for _ in range(2):
         for times, side in zip(seconds, sides, strict=True):
-            start = time.perf_counter()
             side()
-            times.append(time.perf_counter() - start)
+            for _ in range(repeats):
+                start = time.perf_counter()
+                side()
+                times.append(time.perf_counter() - start)
     return [statistics.median(times) for times in seconds]
 
 
@@ -106,29 +113,23 @@ def against_transformers(name: str, preset: str) -> Callable[..., list[Row]]:
     """A suite: `preset` against the transformers class of the same weights."""
 
     def suite(config: Any, workdir: pathlib.Path, repeats: int) -> list[Row]:
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise ConfigError(f"suite {name!r} needs torch and transformers: pip install -e '.[dev]'") from error
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        torch.set_num_threads(THREADS)
+        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(f"suite {name!r} needs {' and '.join(missing)}: pip install -e '.[dev]'")
         model = create(preset)
         params = model.init(jax.random.key(config.seed))
+        rows = []
         with tempfile.TemporaryDirectory() as folder:
             zoo.to_hf(model, params, pathlib.Path(folder) / "weights")
-            peer = transformers.AutoModelForCausalLM.from_pretrained(
-                pathlib.Path(folder) / "weights", dtype=torch.float32
-            )
-        rows = []
-        for metric, tokens, ours, theirs in (
-            ("prefill tokens/s", PREFILL_LENGTH, _prefill(model, params), _torch_prefill(peer)),
-            ("decode tokens/s", DECODE_TOKENS, _decode(model, params), _torch_decode(peer)),
-            ("train step tokens/s", int(np.prod(TRAIN_SHAPE)), _train(model, params), _torch_train(peer)),
-        ):
-            a, b = median_seconds((ours, theirs), repeats)
-            rows.append(Row(preset, metric, tokens / a, tokens / b, b / a))
-            gc.collect()
+            with Peer(pathlib.Path(folder) / "weights", threads=THREADS, decode_tokens=DECODE_TOKENS) as peer:
+                for metric, tokens, ours, line in (
+                    ("prefill tokens/s", PREFILL_LENGTH, _prefill, f"prefill {PREFILL_LENGTH}"),
+                    ("decode tokens/s", DECODE_TOKENS, _decode, f"decode {PROMPT}"),
+                    ("train step tokens/s", math.prod(TRAIN_SHAPE), _train, "train {} {}".format(*TRAIN_SHAPE)),
+                ):
+                    a, b = median_seconds((ours(model, params), peer.side(line)), repeats)
+                    rows.append(Row(preset, metric, tokens / a, tokens / b, b / a))
+                    gc.collect()
         return rows
 
     return suite
@@ -146,19 +147,6 @@ def _prefill(model: Model, params: Tree, length: int = PREFILL_LENGTH) -> Callab
     def side():
         out = call(params, tokens, state)
         jax.block_until_ready((out.logits, out.state))
-
-    return side
-
-
-def _torch_prefill(peer: Any) -> Callable[[], Any]:
-    import torch
-
-    tokens = torch.randint(0, peer.config.vocab_size, (1, PREFILL_LENGTH))
-
-    @torch.no_grad()
-    def side():
-        peer.eval()
-        return peer(tokens, use_cache=True, logits_to_keep=1)
 
     return side
 
@@ -185,27 +173,7 @@ def decoder(model: Model, params: Tree, prompt: int, steps: int, max_length: int
 
 
 def _decode(model: Model, params: Tree) -> Callable[[], Any]:
-    return decoder(model, params, 128, DECODE_TOKENS, 128 + DECODE_TOKENS)
-
-
-def _torch_decode(peer: Any) -> Callable[[], Any]:
-    import copy
-
-    import torch
-
-    prompt = torch.randint(0, peer.config.vocab_size, (1, 128))
-    with torch.no_grad():
-        start = peer.eval()(prompt, use_cache=True)
-    cache = "cache_params" if hasattr(start, "cache_params") else "past_key_values"
-
-    @torch.no_grad()
-    def side():
-        state, token = copy.deepcopy(start[cache]), torch.zeros((1, 1), dtype=torch.long)
-        for _ in range(DECODE_TOKENS):
-            out = peer(token, use_cache=True, **{cache: state})
-            token = out.logits[:, -1:].argmax(-1)
-
-    return side
+    return decoder(model, params, PROMPT, DECODE_TOKENS, PROMPT + DECODE_TOKENS)
 
 
 def _train(model: Model, params: Tree) -> Callable[[], Any]:
@@ -230,21 +198,6 @@ def _train(model: Model, params: Tree) -> Callable[[], Any]:
 
     def side():
         held[0], held[1], _ = jax.block_until_ready(jitted(held[0], held[1], tokens))
-
-    return side
-
-
-def _torch_train(peer: Any) -> Callable[[], Any]:
-    import torch
-
-    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5)
-    tokens = torch.randint(0, peer.config.vocab_size, TRAIN_SHAPE)
-
-    def side():
-        peer.train()
-        optimizer.zero_grad()
-        peer(tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
 
     return side
 

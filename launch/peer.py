@@ -1,0 +1,125 @@
+"""The other side of mode=benchmark: a transformers model on torch, in a process of its own.
+
+    python -m launch.peer FOLDER THREADS DECODE_TOKENS
+
+Answers each line of standard input with one line: "prefill 1024", "decode 128" and "train 2 128" (rows, tokens) run
+once and print the seconds they took.
+"""
+
+import copy
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class Peer:
+    """A running peer; a context manager. `side(line)` gives a function that runs the line once."""
+
+    def __init__(self, folder: pathlib.Path, *, threads: int, decode_tokens: int):
+        root = pathlib.Path(__file__).resolve().parents[1]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "launch.peer", str(folder), str(threads), str(decode_tokens)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)},
+        )
+
+    def side(self, line: str) -> Callable[[], float]:
+        """A function that has the peer run `line` once and returns its seconds.
+
+        Raises (when called):
+          RuntimeError: the peer has stopped; its own message is on standard error.
+        """
+
+        def run() -> float:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+            if not answer:
+                raise RuntimeError(f"the peer stopped at {line!r} with status {self._process.wait()}")
+            return float(answer)
+
+        return run
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # end of input ends the peer
+        self._process.wait()
+
+
+def _prefill(model: Any, length: int) -> Callable[[], Any]:
+    import torch
+
+    tokens = torch.randint(0, model.config.vocab_size, (1, length))
+
+    @torch.no_grad()
+    def run():
+        model.eval()
+        model(tokens, use_cache=True, logits_to_keep=1)
+
+    return run
+
+
+def _decode(model: Any, prompt: int, steps: int) -> Callable[[], Any]:
+    import torch
+
+    with torch.no_grad():
+        start = model.eval()(torch.randint(0, model.config.vocab_size, (1, prompt)), use_cache=True)
+    cache = "cache_params" if hasattr(start, "cache_params") else "past_key_values"
+
+    @torch.no_grad()
+    def run():
+        state, token = copy.deepcopy(start[cache]), torch.zeros((1, 1), dtype=torch.long)
+        for _ in range(steps):
+            out = model(token, use_cache=True, **{cache: state})
+            token = out.logits[:, -1:].argmax(-1)
+
+    return run
+
+
+def _train(model: Any, rows: int, length: int) -> Callable[[], Any]:
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    tokens = torch.randint(0, model.config.vocab_size, (rows, length))
+
+    def run():
+        model.train()
+        optimizer.zero_grad()
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def main(folder: str, threads: int, decode_tokens: int) -> None:
+    """Serves the lines of standard input."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sides: dict[str, Callable[[], Any]] = {}
+    for line in sys.stdin:
+        kind, *sizes = line.split()
+        if line not in sides:
+            make = {"prefill": _prefill, "decode": lambda m, n: _decode(m, n, decode_tokens), "train": _train}[kind]
+            sides[line] = make(model, *map(int, sizes))
+        start = time.perf_counter()
+        sides[line]()
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
