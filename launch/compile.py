@@ -42,13 +42,13 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         raise ConfigError("mode=compile reads no data: give config.model.vocab_size")
     devices = topology_devices(config.topology) if config.topology else jax.devices()
     limit = HBM[config.topology.split(":")[0]] if config.topology else None
-    mesh, rules = mesh_lib.make(plain, devices)
+    with config_lib.at("mesh and config.rules"):
+        mesh, rules = mesh_lib.make(plain, devices)
     program = run_lib.assemble(plain, mesh, rules)
     shape = plain["batch_size"], plain["sequence_length"]
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_lib.batch_sharding(shape, mesh, rules))
-        for name, dtype in BATCH.items()
-    }
+    with config_lib.at("batch_size"):
+        split = mesh_lib.batch_sharding(shape, mesh, rules)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in BATCH.items()}
     start = time.perf_counter()
     with program.active(), tempfile.TemporaryDirectory() as folder:
         lowered = program.train_step.lower(program.abstract, batch)

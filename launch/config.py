@@ -1,5 +1,6 @@
 """Checking, resolving, saving and comparing run configs."""
 
+import contextlib
 import importlib.metadata
 import json
 import pathlib
@@ -27,6 +28,17 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 class ConfigError(ValueError):
     """A config that cannot be run."""
+
+
+@contextlib.contextmanager
+def at(key: str) -> Iterator[None]:
+    """Turns what a name or an option of config.<key> raises into a ConfigError that says where it stands."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"config.{key}: {error.args[0] if error.args else error}") from error
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -129,17 +129,20 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
     """Everything of a run short of its state.
 
     Raises:
-      ConfigError, KeyError, ValueError: anything wrong with the config, before any work is done on data.
+      ConfigError: anything wrong with the config, before any work is done on data.
     """
     config_lib.check(config)
     # Names and options are looked at before the data is prepared, which may take a while.
     plain = resolve(config, 1)
     _model(plain)
     _objective(plain)
-    mesh, rules = mesh_lib.make(plain)
-    optimizer_lib.make_schedule(plain["optimizer"])
+    with config_lib.at("mesh and config.rules"):
+        mesh, rules = mesh_lib.make(plain)
+    with config_lib.at("optimizer.schedule"):
+        optimizer_lib.make_schedule(plain["optimizer"])
 
-    data = data_lib.prepare(config, workdir)
+    with config_lib.at("data"):
+        data = data_lib.prepare(config, workdir)
     plain = resolve(config, data.tokenizer.vocab_size)
     program = assemble(plain, mesh, rules)
     fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
@@ -149,11 +152,13 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
 def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
     """The functions of a resolved config on a mesh; nothing is compiled or allocated yet."""
     model = _model(plain)
-    optimizer, schedule = optimizer_lib.make(plain["optimizer"], model.param_specs())
+    with config_lib.at("optimizer"):
+        optimizer, schedule = optimizer_lib.make(plain["optimizer"], model.param_specs())
     ema = plain["ema_decay"] > 0
     loss = step_lib.language_model_loss(model, _objective(plain), plain["implementation"])
     init = functools.partial(step_lib.init_state, model, optimizer, seed=plain["seed"], ema=ema)
-    shardings = step_lib.state_shardings(model, optimizer, mesh, rules, ema=ema)
+    with config_lib.at("mesh and config.rules"):
+        shardings = step_lib.state_shardings(model, optimizer, mesh, rules, ema=ema)
     train_step = step_lib.make_train_step(
         loss, optimizer, schedule, accumulation=plain["accumulation"], ema_decay=plain["ema_decay"]
     )
@@ -172,10 +177,12 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
 
 
 def _model(config: dict[str, Any]) -> Model:
-    name, given = config_lib.options(config["model"])
-    return create(name, **given)
+    with config_lib.at("model"):
+        name, given = config_lib.options(config["model"])
+        return create(name, **given)
 
 
 def _objective(config: dict[str, Any]) -> objectives.Objective:
-    name, given = config_lib.options(config["objective"])
-    return objectives.create(name, **given)
+    with config_lib.at("objective"):
+        name, given = config_lib.options(config["objective"])
+        return objectives.create(name, **given)

@@ -62,7 +62,7 @@ def test_compiles_for_a_topology(tmp_path, monkeypatch, capsys):
 def test_errors_at_the_door(changes, message, tmp_path):
     if "topology" not in changes:
         pytest.importorskip("libtpu")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         main.dispatch(_config(**changes), tmp_path)
 
 

@@ -71,20 +71,20 @@ def test_check_names_missing_keys():
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "where", "message"),
     [
-        ({"model__name": "samba-tny"}, KeyError, "did you mean 'samba-tiny'"),
-        ({"model__widht": 3}, ValueError, "did you mean 'width'"),
-        ({"objective__name": "crossentropy"}, KeyError, "did you mean 'cross_entropy'"),
-        ({"objective__zloss": 0.1}, ValueError, "did you mean 'z_loss'"),
-        ({"optimizer__schedule__name": "wds"}, KeyError, "did you mean 'wsd'"),
-        ({"rules__name": "fdsp"}, ValueError, "did you mean 'fsdp'"),
-        ({"data__source__name": "stdlb"}, KeyError, "did you mean 'stdlib'"),
-        ({"data__tokenizer__name": "bites"}, KeyError, "did you mean 'bytes'"),
+        ({"model__name": "samba-tny"}, "model", "did you mean 'samba-tiny'"),
+        ({"model__widht": 3}, "model", "did you mean 'width'"),
+        ({"objective__name": "crossentropy"}, "objective", "did you mean 'cross_entropy'"),
+        ({"objective__zloss": 0.1}, "objective", "did you mean 'z_loss'"),
+        ({"optimizer__schedule__name": "wds"}, r"optimizer\.schedule", "did you mean 'wsd'"),
+        ({"rules__name": "fdsp"}, r"mesh and config\.rules", "did you mean 'fsdp'"),
+        ({"data__source__name": "stdlb"}, "data", "did you mean 'stdlib'"),
+        ({"data__tokenizer__name": "bites"}, "data", "did you mean 'bytes'"),
     ],
 )
-def test_build_names_the_nearest(changes, error, message, tmp_path):
-    with pytest.raises(error, match=message):
+def test_build_names_the_nearest(changes, where, message, tmp_path):
+    with pytest.raises(ConfigError, match=rf"config\.{where}: .*{message}"):
         build(changed(**changes), tmp_path)
 
 
