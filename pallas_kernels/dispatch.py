@@ -4,6 +4,9 @@ Every op has the same names for its implementations: `reference` (slow and obvio
 every platform), `mosaic_tpu` and `mosaic_gpu` (Pallas kernels). A named implementation runs or raises
 `UnsupportedError`; `None` takes, for each platform that is being lowered for, the first entry of `PRIORITY` that the
 op has and that supports the call. Nothing falls back silently.
+
+A Pallas kernel runs on one device's arrays: under a mesh that the partitioner splits arrays over, `None` passes it by
+and its name raises; inside `jax.shard_map` it serves.
 """
 
 import difflib
@@ -70,8 +73,7 @@ def run(
     check_implementation(op, implementation, available)
     supports = supports or {}
     if implementation is not None:
-        if implementation in supports:
-            supports[implementation](*args, **static)
+        _check_support(op, implementation, supports, args, static)
         return available[implementation](*args, **static)
     choice = {
         platform: _first_supported(op, names, available, supports, args, static) for platform, names in PRIORITY.items()
@@ -82,13 +84,26 @@ def run(
     return jax.lax.platform_dependent(*args, default=branches.pop("cpu"), **branches)
 
 
+def _check_support(op, name, supports, args, static) -> None:
+    if name.startswith("mosaic"):
+        mesh = jax.sharding.get_abstract_mesh()
+        split = [axis for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes]
+        if split:
+            raise UnsupportedError(
+                f"{op}: {name} runs on the arrays of one device, and a mesh with the axes {split} is in use; "
+                "call it inside jax.shard_map, or take implementation='xla'"
+            )
+    if name in supports:
+        supports[name](*args, **static)
+
+
 def _first_supported(op, names, available, supports, args, static) -> str:
     reasons = []
     for name in names:
         if name not in available:
             continue
         try:
-            supports.get(name, lambda *a, **k: None)(*args, **static)
+            _check_support(op, name, supports, args, static)
         except UnsupportedError as error:
             reasons.append(str(error))
             continue
