@@ -38,7 +38,7 @@ class Decay(NamedTuple):
     """Sums of the log decays of a chunk, each of them non-positive, [B or 1, G, C, X]."""
 
     per_head: bool  # X = R rather than X = K
-    levels: tuple[tuple[jax.Array, jax.Array], ...]  # n = 1, 2, 4 ..: sums in blocks of n up to, and after, a token
+    middle: tuple[jax.Array, ...]  # for n = 1, 2, 4 ..: between the token and the middle of its block of 2 n
     until: jax.Array  # from the chunk's first token to this one
     after: jax.Array  # from the next token to the chunk's last
 
@@ -58,17 +58,17 @@ _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def _doubled(log_decay) -> tuple[tuple, jax.Array, jax.Array]:
-    """Sums of [B, G, C, X] within blocks of 1, 2, 4 .. C: up to a token, itself included, and after a token."""
+    """The sums of `Decay` from log decays [B, G, C, X]."""
     shape = log_decay.shape
-    until, after, levels, n = log_decay, jnp.zeros_like(log_decay), [], 1
-    while n < shape[2]:
-        levels.append((until, after))
+    until, after, middle, n = log_decay, jnp.zeros_like(log_decay), [], 1
+    while n < shape[2]:  # here they are sums within blocks of n tokens
         u, a = (s.reshape(*shape[:2], -1, 2, n, shape[3]) for s in (until, after))
-        left, right = u[:, :, :, :1], u[:, :, :, 1:]
-        until = jnp.concatenate([left, right + left[:, :, :, :, -1:]], axis=3).reshape(shape)
-        after = jnp.concatenate([a[:, :, :, :1] + right[:, :, :, :, -1:], a[:, :, :, 1:]], axis=3).reshape(shape)
+        left, right = (a[:, :, :, :1], u[:, :, :, :1]), (a[:, :, :, 1:], u[:, :, :, 1:])
+        middle.append(jnp.concatenate([left[0], right[1]], axis=3).reshape(shape))
+        until = jnp.concatenate([left[1], right[1] + left[1][:, :, :, :, -1:]], axis=3).reshape(shape)
+        after = jnp.concatenate([left[0] + right[1][:, :, :, :, -1:], right[0]], axis=3).reshape(shape)
         n *= 2
-    return tuple(levels), until, after
+    return tuple(middle), until, after
 
 
 def _pairs(size: int, n: int) -> np.ndarray:
@@ -146,10 +146,9 @@ def _head_weights(t: Chunk):
     size = t.q.shape[2]
     exponent = jnp.zeros((1, 1, 1, size, size), jnp.float32)
     if t.decay is not None:
-        for level, (until, after) in enumerate(t.decay.levels):
-            until, after = (jnp.swapaxes(s, 2, 3) for s in (until, after))
-            sums = until[..., :, None] + after[..., None, :]
-            exponent = jnp.where(_pairs(size, 1 << level), sums, exponent)
+        for level, middle in enumerate(t.decay.middle):
+            middle = jnp.swapaxes(middle, 2, 3)
+            exponent = jnp.where(_pairs(size, 1 << level), middle[..., :, None] + middle[..., None, :], exponent)
     sees = np.tri(size, dtype=bool)
     if t.documents is not None:
         index = t.documents.index[:, None, None]
@@ -191,12 +190,11 @@ def _by_head_backward(t: Chunk, dy):
 
 
 def _decayed(t: Chunk, n: int):
-    """Queries and keys whose products are the scores across the middle of blocks of 2 n; plain for n = 0."""
+    """Queries and keys whose products are the scores across the middles of blocks of 2 n, and their decay."""
     if n == 0:
-        return t.q, t.k, None, None
-    until, after = t.decay.levels[n.bit_length() - 1]
-    until, after = jnp.exp(until), jnp.exp(after)
-    return t.q * until, t.k * after, until, after
+        return t.q, t.k, None
+    decay = jnp.exp(t.decay.middle[n.bit_length() - 1])
+    return t.q * decay, t.k * decay, decay
 
 
 def _channel_mask(t: Chunk, w: int, n: int):
@@ -212,7 +210,7 @@ def _by_channel(t: Chunk):
     for w, halves in _blocks(t.q.shape[2]):
         scores = 0.0
         for n in halves:
-            q, k, _, _ = _decayed(t, n)
+            q, k, _ = _decayed(t, n)
             products = _einsum("bgnik,bgnjk->bgnij", _fold(q, w), _fold(k, w))
             scores = jnp.where(_channel_mask(t, w, n), products, scores)
         y = y + _einsum("bgnij,bgnjrv->bgnirv", scores, _fold(t.v, w)).reshape(t.v.shape)
@@ -226,14 +224,14 @@ def _by_channel_backward(t: Chunk, dy):
         dscores = _einsum("bgnirv,bgnjrv->bgnij", _fold(dy, w), _fold(t.v, w))
         scores = jnp.zeros_like(dscores)
         for n in halves:
-            q, k, until, after = _decayed(t, n)
+            q, k, decay = _decayed(t, n)
             q, k, mask = _fold(q, w), _fold(k, w), _channel_mask(t, w, n)
             scores = jnp.where(mask, _einsum("bgnik,bgnjk->bgnij", q, k), scores)
             if n == 0:
                 continue
             masked = jnp.where(mask, dscores, 0.0)
-            dq = dq + until * _einsum("bgnij,bgnjk->bgnik", masked, k).reshape(t.q.shape)
-            dk = dk + after * _einsum("bgnij,bgnik->bgnjk", masked, q).reshape(t.k.shape)
+            dq = dq + decay * _einsum("bgnij,bgnjk->bgnik", masked, k).reshape(t.q.shape)
+            dk = dk + decay * _einsum("bgnij,bgnik->bgnjk", masked, q).reshape(t.k.shape)
         dv = dv + _einsum("bgnij,bgnirv->bgnjrv", scores, _fold(dy, w)).reshape(t.v.shape)
     arriving, leaving = t.q * dq, t.k * dk  # a token does not decay what it adds itself
     diagonal = jnp.sum(dy * t.v, axis=(3, 4))[..., None]
