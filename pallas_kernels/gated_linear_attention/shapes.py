@@ -26,8 +26,8 @@ class LinearAttentionShape:
     def arrays(self) -> dict[str, jax.ShapeDtypeStruct | None]:
         """The array arguments by name, as abstract values."""
         tokens = (self.batch, self.time)
-        shapes = dict.fromkeys(("q", "k"), (*tokens, self.groups, self.key))
-        shapes["v"] = (*tokens, self.heads, self.value)
+        keys = (*tokens, self.groups, self.key)
+        shapes = {"q": keys, "k": keys, "v": (*tokens, self.heads, self.value)}
         arrays: dict[str, jax.ShapeDtypeStruct | None] = {
             name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in shapes.items()
         }

@@ -182,8 +182,6 @@ def _by_head_backward(t: Chunk, dy):
     dproducts = jnp.sum(weights * dscores, axis=2)
     dq = _einsum("bgij,bgjk->bgik", dproducts, t.k)
     dk = _einsum("bgij,bgik->bgjk", dproducts, t.q)
-    if t.decay is None:
-        return dq, dk, dv, None, None
     flow = jnp.where(np.eye(scores.shape[-1], dtype=bool), 0.0, scores * dscores)
     arriving, leaving = (jnp.swapaxes(jnp.sum(flow, axis=axis), 2, 3) for axis in (4, 3))
     return dq, dk, dv, arriving, leaving
@@ -191,7 +189,7 @@ def _by_head_backward(t: Chunk, dy):
 
 def _decayed(t: Chunk, n: int):
     """Queries and keys whose products are the scores across the middles of blocks of 2 n, and their decay."""
-    if n == 0:
+    if n == 0 or t.decay is None:
         return t.q, t.k, None
     decay = jnp.exp(t.decay.middle[n.bit_length() - 1])
     return t.q * decay, t.k * decay, decay
@@ -227,7 +225,7 @@ def _by_channel_backward(t: Chunk, dy):
             q, k, decay = _decayed(t, n)
             q, k, mask = _fold(q, w), _fold(k, w), _channel_mask(t, w, n)
             scores = jnp.where(mask, _einsum("bgnik,bgnjk->bgnij", q, k), scores)
-            if n == 0:
+            if decay is None:
                 continue
             masked = jnp.where(mask, dscores, 0.0)
             dq = dq + decay * _einsum("bgnij,bgnjk->bgnik", masked, k).reshape(t.q.shape)
@@ -406,18 +404,15 @@ def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size
     return y, _ungrouped(new_state), boundaries
 
 
-def backward(
-    q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int
-):
+def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int):
     """Returns the gradients of (q, k, v, log_decay, state), None where the argument was None.
 
     Args are those of `forward`, its `boundaries`, and the cotangents dy [B, T, H, V] and dstate [B, H, K, V].
     """
     length, groups, heads = q.shape[1], q.shape[2], v.shape[2]
-    constant = log_decay is not None and log_decay.ndim == 1
 
     def body(index, start, size, carry):
-        dstate, dconstant, out = carry
+        dstate, sums, out = carry
         t = _load(start, size, q, k, v, log_decay, reset, valid, scale)
         before = _grouped(lax.dynamic_index_in_dim(boundaries, index, axis=1, keepdims=False), groups)
         g = _take(dy, start, size, t.q.shape[2])
@@ -425,16 +420,18 @@ def backward(
             g = jnp.where(_take(valid, start, size, t.q.shape[2])[..., None, None], g, 0.0)
         g = _heads(g.astype(jnp.float32), groups)
         dq, dk, dv, dlog_decay, dstate = _chunk_backward(t, before, g, dstate)
-        if constant:
-            dconstant = dconstant + jnp.sum(dlog_decay[:, :, :size], axis=(0, 2)).reshape(heads)
+        if dlog_decay is not None and sums is not None:
+            sums = sums + jnp.sum(dlog_decay[:, :, :size], axis=(0, 2)).reshape(heads)
         new = {"q": dq * scale, "k": dk, "v": dv, "log_decay": dlog_decay}
-        return dstate, dconstant, {name: _write(buffer, new[name], start, size) for name, buffer in out.items()}
+        return dstate, sums, {name: _write(buffer, new[name], start, size) for name, buffer in out.items()}
 
     out = {name: jnp.zeros_like(x) for name, x in (("q", q), ("k", k), ("v", v))}
-    if log_decay is not None and not constant:
+    sums = None
+    if log_decay is not None and log_decay.ndim == 1:
+        sums = jnp.zeros((heads,), jnp.float32)
+    elif log_decay is not None:
         out["log_decay"] = jnp.zeros_like(log_decay)
-    dconstant = jnp.zeros((heads,), jnp.float32) if constant else None
-    carry = (_grouped(dstate, groups), dconstant, out)
-    dstate, dconstant, out = _over_chunks(length, chunk_size, body, carry, reverse=True)
-    dlog_decay = dconstant.astype(log_decay.dtype) if constant else out.get("log_decay")
+    carry = (_grouped(dstate, groups), sums, out)
+    dstate, sums, out = _over_chunks(length, chunk_size, body, carry, reverse=True)
+    dlog_decay = out.get("log_decay") if log_decay is None or sums is None else sums.astype(log_decay.dtype)
     return out["q"], out["k"], out["v"], dlog_decay, None if state is None else _ungrouped(dstate)

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 from pallas_kernels.gated_linear_attention.shapes import MODELS, TINY, LinearAttentionShape
-from tests.pallas_kernels.sequences import LAYOUTS, assert_close, masks, redraw
+from tests.pallas_kernels.sequences import LAYOUTS, assert_close, masks
 
 VALUE_TOLERANCE = 2e-6  # float32, relative to the largest magnitude
 GRADIENT_TOLERANCE = 1e-5
@@ -153,11 +153,14 @@ def check(args, cotangents, reset=None, valid=None, implementations=IMPLEMENTATI
                 assert actual[name].dtype == args[name].dtype
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7])
+@pytest.mark.parametrize(
+    ("decay", "length"),
+    [(decay, length) for decay in DECAYS for length in (1, CHUNK - 1, 2 * CHUNK + 7)]
+    + [(decay, length) for decay in ("head", "channel") for length in (CHUNK, CHUNK + 1)],
+)
 def test_any_length_equals_the_loops(decay, length):
     args = draw(decay, 2, length, seed=length)
-    implementations = IMPLEMENTATIONS if length in (1, CHUNK - 1) else ("xla",)
+    implementations = IMPLEMENTATIONS if length == CHUNK - 1 else ("xla",)
     check(args, draw_cotangents(args), implementations=implementations)
 
 
@@ -227,7 +230,7 @@ def test_a_reset_at_padding_is_ignored():
         assert_close(out, loop(args, None, valid), VALUE_TOLERANCE, implementation)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", ["head", "channel"])
 def test_a_reset_drops_even_a_state_that_is_not_finite(decay):
     args = draw(decay, 1, 5)
     args["state"][:] = np.nan
@@ -291,22 +294,21 @@ def test_packed_documents_equal_separate_calls_in_values_and_gradients(decay):
     assert_close(state, out[1], VALUE_TOLERANCE)
 
 
-@pytest.mark.parametrize("decay", ["constant", "channel"])
-@pytest.mark.parametrize("chunk_size", [1, 24, None])
+@pytest.mark.parametrize(("decay", "chunk_size"), [("channel", 1), ("channel", 24), ("channel", None), ("head", None)])
 def test_the_chunk_size_changes_nothing(decay, chunk_size):
     args = draw(decay, 2, 67)
     check(args, draw_cotangents(args), implementations=("xla",), chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-def test_scale_no_state_and_other_groupings(decay):
-    for heads, groups in ((3, 3), (3, 1)):
-        args = draw(decay, 1, CHUNK + 3, heads=heads, groups=groups, key=4, value=6) | {"state": None}
-        check(args, draw_cotangents(args), implementations=("xla",), scale=-0.7)
+@pytest.mark.parametrize(("decay", "groups"), [("none", 1), ("constant", 1), ("head", 3), ("channel", 3)])
+def test_scale_no_state_and_other_groupings(decay, groups):
+    args = draw(decay, 1, CHUNK + 3, heads=3, groups=groups, key=4, value=6) | {"state": None}
+    check(args, draw_cotangents(args), implementations=("xla",), scale=-0.7)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("length", [1, CHUNK + 1])
+@pytest.mark.parametrize(
+    ("decay", "length"), [("head", 1), ("head", CHUNK + 1), ("channel", 1), ("channel", CHUNK + 1)]
+)
 def test_bfloat16_inputs_with_float32_state(decay, length):
     args = draw(decay, 2, length)
     half = {n: a if n == "state" or a is None else jnp.asarray(a, jnp.bfloat16) for n, a in args.items()}
@@ -323,7 +325,7 @@ def test_bfloat16_inputs_with_float32_state(decay, length):
         if half[name] is not None:
             assert gradients[name].dtype == half[name].dtype, name
             assert_close(gradients[name], expected[name], BFLOAT16_TOLERANCE, name)
-    y, _ = run(args | {"q": half["q"]})
+    y, _ = jax.eval_shape(run, args | {"q": half["q"]})
     assert y.dtype == jnp.float32, "the output has the dtype of v"
 
 
@@ -439,3 +441,29 @@ def test_bad_arguments_are_named(change, words):
 def test_an_implementation_that_does_not_exist_yet_raises():
     with pytest.raises(UnsupportedError, match="gated_linear_attention has no 'mosaic_gpu' implementation"):
         gated_linear_attention(**draw("none", 1, 2), implementation="mosaic_gpu")
+
+
+def test_equals_the_state_space_dual_form_of_transformers():
+    """Mamba-2: q = C, k = B, v = dt x, log_decay = dt A; the state of transformers is [B, H, P, N]."""
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    args = draw("head", 2, CHUNK + 7)
+    rng = np.random.default_rng(8)
+    dt = np.exp(rng.normal(size=args["log_decay"].shape)).astype(np.float32)
+    A = -np.exp(rng.normal(size=(4,))).astype(np.float32)
+    ours = args | {"v": dt[..., None] * args["v"], "log_decay": dt * A}
+    leaves = {n: torch.tensor(a, requires_grad=True) for n, a in (args | {"dt": dt}).items() if n != "log_decay"}
+    y, state = modeling.mamba2_chunk_scan(
+        *(leaves["v"], leaves["dt"], torch.tensor(A), leaves["k"], leaves["q"]),
+        chunk_size=16,
+        initial_states=leaves["state"].transpose(2, 3),
+        return_final_states=True,
+    )
+    dy, dstate = draw_cotangents(args)
+    torch.autograd.backward((y, state), (torch.tensor(dy), torch.tensor(dstate).transpose(2, 3)))
+    out, gradients = run_and_pull(ours, (dy, dstate), scale=1.0)
+    assert_close(out, (y.detach().numpy(), state.detach().transpose(2, 3).numpy()), VALUE_TOLERANCE)
+    gradients["dt"] = np.sum(gradients["v"] * args["v"], axis=-1) + gradients["log_decay"] * A
+    gradients["v"] = gradients["v"] * dt[..., None]
+    for name, leaf in leaves.items():
+        assert_close(gradients[name], leaf.grad.numpy(), GRADIENT_TOLERANCE, name)
