@@ -24,7 +24,7 @@ class SoftmaxTopK(NamedTuple):
       lse: float32 [N], log of the sum of exponentials of the row.
       values: float32 [N, k], the largest logits, descending.
       indices: int32 [N, k], their columns; among equal logits the lowest column comes first.
-      probabilities: float32 [N, k], exp(values - lse), the softmax over the whole row.
+      probabilities: float32 [N, k], exp(values - m) / d, the softmax over the whole row.
     """
 
     lse: jax.Array
@@ -36,7 +36,7 @@ class SoftmaxTopK(NamedTuple):
 def softmax_topk(logits: jax.Array, k: int, *, implementation: str | None = None) -> SoftmaxTopK:
     """Finds the log-normaliser and the k largest entries of every row, reading the logits once.
 
-      m' = max(m, x),  d' = d exp(m - m') + exp(x - m');   lse = m + log d;   probabilities = exp(values - lse)
+      m' = max(m, x),  d' = d exp(m - m') + exp(x - m');   lse = m + log d;   probabilities = exp(values - m) / d
 
     Special rows:
       -inf: an entry of probability 0; where fewer than k entries are larger, the -inf entries of the lowest columns
@@ -80,28 +80,31 @@ def softmax_topk(logits: jax.Array, k: int, *, implementation: str | None = None
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _softmax_topk(k, implementation, logits):
-    lse, values, indices = dispatch.run(
-        "softmax_topk", FORWARD, implementation, logits, supports=FORWARD_SUPPORTS, k=k
-    )
-    # -inf - (-inf) is NaN, but a row without mass has probabilities 0; a NaN lse stays.
-    probabilities = jnp.where(lse[:, None] == -jnp.inf, 0.0, jnp.exp(values - lse[:, None]))
-    return lse, values, indices, probabilities
+    return _forward(k, implementation, logits)[0]
 
 
 def _forward(k, implementation, logits):
-    out = _softmax_topk(k, implementation, logits)
-    return out, (logits, out)
+    # total is relative to the largest logit: exp(values - lse) would lose the digits that lse has not.
+    total, values, indices = dispatch.run(
+        "softmax_topk", FORWARD, implementation, logits, supports=FORWARD_SUPPORTS, k=k
+    )
+    maximum = values[:, :1]
+    lse = maximum[:, 0] + jnp.log(total)
+    # A row without mass would give exp(-inf - (-inf)) / 0; its probabilities are 0.
+    massless = (total == 0)[:, None]
+    probabilities = jnp.where(massless, 0.0, jnp.exp(values - maximum) / jnp.where(massless, 1.0, total[:, None]))
+    return (lse, values, indices, probabilities), (logits, total, maximum, indices, probabilities)
 
 
 def _backward(k, implementation, residuals, cotangents):
     del k, implementation  # elementwise and a scatter of k entries a row: no kernel would read less
-    logits, (lse, _, indices, probabilities) = residuals
+    logits, total, maximum, indices, probabilities = residuals
     dlse, dvalues, _, dprobabilities = cotangents
     through = jnp.where(dprobabilities == 0, 0.0, dprobabilities * probabilities)  # 0 * NaN is NaN
     dlse = dlse - jnp.sum(through, axis=-1)
-    counted = (dlse != 0) & (lse != -jnp.inf)  # a row without mass has no gradient; inf - inf is NaN
-    softmax = jnp.exp(logits.astype(jnp.float32) - lse[:, None])
-    dense = jnp.where(counted[:, None], dlse[:, None] * softmax, 0.0)
+    counted = (dlse != 0) & (total != 0)  # a row without mass has no gradient; its 0 / 0 is NaN
+    dense = (dlse / total)[:, None] * jnp.exp(logits.astype(jnp.float32) - maximum)
+    dense = jnp.where(counted[:, None], dense, 0.0)
     rows = jnp.arange(logits.shape[0])[:, None]
     columns = jnp.where(indices < 0, logits.shape[1], indices)  # out of bounds: dropped
     return (dense.at[rows, columns].add(dvalues + through, mode="drop").astype(logits.dtype),)
