@@ -63,7 +63,9 @@ def forward(logits, *, k: int):
     rows, columns = logits.shape
     block_rows, block_columns = block_sizes(rows, columns, logits.dtype.itemsize)
     row_blocks = pl.cdiv(rows, block_rows)
-    tile, accumulator = (LANES, LANES), pltpu.VMEM((block_rows, LANES), jnp.float32)
+    tile = (LANES, LANES)
+    accumulator = pltpu.VMEM((block_rows, LANES), jnp.float32)
+    lanes = [pltpu.VMEM(tile, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)]
     best = pl.BlockSpec(tile, lambda i, j: (0, i))
     total, values, indices = pl.pallas_call(
         functools.partial(_kernel, k=k, columns=columns),
@@ -75,8 +77,7 @@ def forward(logits, *, k: int):
             jax.ShapeDtypeStruct((LANES, row_blocks * LANES), jnp.float32),
             jax.ShapeDtypeStruct((LANES, row_blocks * LANES), jnp.int32),
         ],
-        scratch_shapes=[accumulator, accumulator, *(pltpu.VMEM(tile, t) for t in (jnp.float32, jnp.int32) * 2)]
-        + [pltpu.VMEM(tile, jnp.float32)],
+        scratch_shapes=[accumulator, accumulator, *lanes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret.parameters(),
         name="softmax_topk",
@@ -143,11 +144,11 @@ def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *la
         _merge(values_ref, indices_ref, *_candidates(value_ref, chunk_ref, start))
         # The first pass remembers three values a lane: behind them, only a search can tell.
         bound = jnp.where(merges == 1, second_ref[...], jnp.where(merges == 2, third_ref[...], jnp.inf))
-        may_enter = jnp.any(bound.T >= kth_value())
+        may_enter = jnp.any(kth_value() <= bound.T)
         return lax.cond(may_enter, lambda: next_candidates(merges), lambda: jnp.int32(0)), merges
 
     # Columns of this block are behind all in the list: only a larger value enters, and in the first block any.
-    enters = (j == 0) | jnp.any(value_ref[...].T > kth_value())
+    enters = (j == 0) | jnp.any(kth_value() < value_ref[...].T)
     lax.while_loop(lambda carry: carry[0] > 0, merge, (enters.astype(jnp.int32), 0))
 
     @pl.when(j == last)
