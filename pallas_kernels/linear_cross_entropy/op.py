@@ -1,0 +1,139 @@
+"""Cross entropy of a linear head: arguments, gradient and choice of implementation."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_array
+from pallas_kernels.linear_cross_entropy import reference, xla
+
+DEFAULT_CHUNK_SIZE = 2048
+
+FORWARD = {"xla": xla.forward}
+BACKWARD = {"xla": xla.backward}
+NAMES = ("reference", *FORWARD)
+
+
+class TokenStatistics(NamedTuple):
+    """What cross-entropy objectives need of each token's logits.
+
+    Attributes:
+      nll: float32 [N], lse - logit of the label; NaN where the label is outside [0, Z).
+      lse: float32 [N], log of the sum of exponentials of the logits.
+      mean_logit: float32 [N], mean of the logits, so that lse - mean_logit is the loss of uniform labels.
+      argmax: int32 [N], class of the largest logit, the lowest of equal ones; not differentiable.
+    """
+
+    nll: jax.Array
+    lse: jax.Array
+    mean_logit: jax.Array
+    argmax: jax.Array
+
+
+def linear_cross_entropy(
+    x: jax.Array,
+    w: jax.Array,
+    labels: jax.Array,
+    *,
+    transposed: bool = False,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> TokenStatistics:
+    """Statistics of the logits of a linear head against labels, in memory of N * chunk_size.
+
+      l_nz = logit_scale sum_d x_nd w_dz   (then soft_cap tanh(l / soft_cap))
+      lse_n = log sum_z exp l_nz,   nll_n = lse_n - l_n,label,   mean_logit_n = (1 / Z) sum_z l_nz
+
+    Losses are sums of these: with a z-loss and label smoothing e,
+
+      loss_n = (1 - e) nll_n + e (lse_n - mean_logit_n) + z_loss lse_n^2.
+
+    Products take operands in the dtype of x and are accumulated in float32; logits are float32 and exist for
+    `chunk_size` classes at a time. The gradient computes them a second time: with the cotangents g of the outputs,
+
+      dl_nz = (g_nll + g_lse) exp(l_nz - lse_n) - g_nll [z = label_n] + g_mean / Z.
+
+    A token whose cotangents are all zero takes no part in any gradient, even if its x is NaN; leave a token out with
+    `where(mask, nll, 0)` (a product with a zero mask would keep the NaN in the loss itself). The gradient at a label
+    outside [0, Z) is that of lse alone, and finite: look at the loss.
+
+    Args:
+      x: [N, D] activations, float32, bfloat16 or float16, any N >= 1.
+      w: [D, Z] weights of the head, same choice of dtypes, not necessarily that of x; cast chunk by chunk.
+      labels: int32 [N], classes.
+      transposed: whether w is [Z, D], as the table of a tied embedding is.
+      logit_scale: multiplies the products.
+      soft_cap: bound of the logits, or None.
+      chunk_size: classes whose logits are held at a time; None takes 2048.
+      implementation: "reference" (dense), "xla" or None for the platform's priority.
+
+    Returns:
+      TokenStatistics(nll, lse, mean_logit, argmax), [N] each. Gradients reach x and w in their dtypes; that of w is
+      accumulated over all tokens, and that of x over all classes, in float32.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value.
+      UnsupportedError: the named implementation does not serve this call.
+
+    Reference: Wijmans et al., arXiv:2411.09009 (the idea); Milakov and Gimelshein, arXiv:1805.02867 (running lse).
+    """
+    dispatch.check_implementation("linear_cross_entropy", implementation, dict.fromkeys(NAMES))
+    _check(x, w, labels, transposed)
+    if not _is_finite_number(logit_scale):
+        raise ValueError(f"linear_cross_entropy: logit_scale must be a finite number, got {logit_scale!r}")
+    if soft_cap is not None and not (_is_finite_number(soft_cap) and soft_cap > 0):
+        raise ValueError(f"linear_cross_entropy: soft_cap must be a finite number > 0 or None, got {soft_cap!r}")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"linear_cross_entropy: chunk_size must be an int >= 1 or None, got {chunk_size!r}")
+    soft_cap = None if soft_cap is None else float(soft_cap)
+    options = (bool(transposed), float(logit_scale), soft_cap)
+    if implementation == "reference":
+        return TokenStatistics(*reference.forward(x, w, labels, **_named(options)))
+    chunk = min(chunk_size or DEFAULT_CHUNK_SIZE, w.shape[0 if transposed else 1])
+    return TokenStatistics(*_linear_cross_entropy((*options, chunk), implementation, x, w, labels))
+
+
+def _is_finite_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(x, w, labels, transposed) -> None:
+    sizes: dict[str, int] = {}
+    check = functools.partial(check_array, "linear_cross_entropy", sizes=sizes)
+    for name, array in (("x", x), ("w", w), ("labels", labels)):
+        if array is None:
+            raise ValueError(f"linear_cross_entropy: {name} must be an array, got None")
+    check("x", x, "N D")
+    check("w", w, "Z D" if transposed else "D Z")
+    check("labels", labels, "N", dtypes=("int32",))
+    for dim in "NDZ":
+        if sizes[dim] < 1:
+            raise ValueError(f"linear_cross_entropy: {dim} must be at least 1, got x {x.shape} and w {w.shape}")
+
+
+def _named(options) -> dict:
+    return dict(zip(("transposed", "logit_scale", "soft_cap", "chunk_size"), options, strict=False))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear_cross_entropy(options, implementation, x, w, labels):
+    return dispatch.run("linear_cross_entropy", FORWARD, implementation, x, w, labels, **_named(options))
+
+
+def _forward(options, implementation, x, w, labels):
+    out = _linear_cross_entropy(options, implementation, x, w, labels)
+    return out, (x, w, labels, out[1])
+
+
+def _backward(options, implementation, residuals, cotangents):
+    arrays = (*residuals, *cotangents[:3])  # argmax has no cotangent
+    dx, dw = dispatch.run("linear_cross_entropy", BACKWARD, implementation, *arrays, **_named(options))
+    return dx, dw, None
+
+
+_linear_cross_entropy.defvjp(_forward, _backward)

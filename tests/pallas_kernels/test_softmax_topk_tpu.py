@@ -1,0 +1,193 @@
+"""The TPU kernel of softmax and top-k: interpreted against float64, and compiled for TPUs without one."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.interpret import interpret
+from pallas_kernels.softmax_topk import mosaic_tpu, softmax_topk
+from pallas_kernels.softmax_topk.shapes import MODELS, TINY
+from tests.pallas_kernels.sequences import assert_close
+from tests.pallas_kernels.test_softmax_topk import (
+    GRADIENT_TOLERANCE,
+    assert_equals,
+    draw,
+    draw_cotangents,
+    loop,
+    run_and_pull,
+)
+
+# The sorting network is long: fused, XLA's CPU backend would compile every exchange once per path that leads to it.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "fusion", "xla_backend_optimization_level": 0}
+BLOCK_COLUMNS = 512
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks of columns, and several steps a block, at sizes that are quick to interpret."""
+    monkeypatch.setattr(mosaic_tpu, "UNROLL", 2)
+    monkeypatch.setattr(mosaic_tpu, "_MAX_BLOCK_COLUMNS", BLOCK_COLUMNS)
+
+
+def run(logits, k, parameters=True):
+    with interpret(parameters):
+        function = jax.jit(lambda x: softmax_topk(x, k, implementation="mosaic_tpu"), compiler_options=COMPILER_OPTIONS)
+        return jax.block_until_ready(function(logits))
+
+
+def select(out, rows):
+    return type(out)(*(np.asarray(v)[rows] for v in out))
+
+
+def special_rows(columns, k):
+    """Rows that take every path of the kernel, and their names."""
+    rng = np.random.default_rng(5)
+    rows = {f"random {i}": row for i, row in enumerate(draw(12, columns, seed=6))}
+    rows["ties"] = np.round(rng.normal(size=columns))
+    rows["zeros of both signs"] = np.where(rng.random(columns) < 0.5, 0.0, -0.0)
+    rows["ascending"] = np.sort(rng.normal(size=columns))
+    rows["descending"] = rows["ascending"][::-1]
+    one_lane = np.where(np.arange(columns) % 128 == 5, 10.0 + np.arange(columns) % 7, rng.normal(size=columns))
+    rows["the best in one lane"] = one_lane
+    rows["minus infinity"] = np.full(columns, -np.inf)
+    few = np.full(columns, -np.inf)
+    few[rng.choice(columns, k // 2, replace=False)] = rng.normal(size=k // 2)
+    rows["few finite"] = few
+    rows["finite in the last columns"] = np.where(np.arange(columns) >= columns - 3, 1.0, -np.inf)
+    rows["large"] = 1e4 + rng.normal(size=columns)
+    rows["nearly the largest number"] = np.where(rng.random(columns) < 0.5, 3e38, -3e38)
+    return list(rows), np.stack(list(rows.values())).astype(np.float32)
+
+
+@pytest.mark.parametrize(("columns", "k"), [(3 * BLOCK_COLUMNS - 131, 40), (2 * BLOCK_COLUMNS, 128)])
+def test_every_kind_of_row_equals_the_loop(columns, k):
+    names, logits = special_rows(columns, k)
+    spoiled = draw(5, columns)
+    spoiled[0, -1] = np.nan
+    spoiled[1, 0], spoiled[1, 1] = np.nan, np.inf
+    spoiled[2] = np.nan
+    spoiled[3, [columns - 1, 7]] = np.inf
+    out = run(np.concatenate([spoiled, logits]), k)
+    expected = loop(logits, k)
+    for row, name in enumerate(names):
+        assert_equals(select(out, [5 + row]), tuple(v[row : row + 1] for v in expected), name)
+    for row in range(3):
+        assert all(np.isnan(np.asarray(v)[row]).all() for v in (out.lse, out.values, out.probabilities))
+        np.testing.assert_array_equal(out.indices[row], -1)
+    assert out.lse[3] == np.inf
+    np.testing.assert_array_equal(out.indices[3, :2], [7, columns - 1])
+    np.testing.assert_array_equal(np.isnan(out.probabilities[3]), np.arange(k) < 2)
+    assert_equals(select(out, [4]), loop(spoiled[4:], k))
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(1, 1, 1), (9, 130, 130 - 2)])
+def test_small_sizes(rows, columns, k):
+    logits = draw(rows, columns)
+    assert_equals(run(logits, k), loop(logits, k))
+
+
+def test_several_blocks_of_rows_in_bfloat16():
+    logits = jnp.asarray(draw(133, BLOCK_COLUMNS + 1), jnp.bfloat16)
+    assert_equals(run(logits, 9), loop(np.asarray(logits, np.float32), 9))
+
+
+def test_no_races_and_no_read_of_what_was_never_written():
+    logits = draw(9, BLOCK_COLUMNS + 40)
+    out = run(logits, 5, pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+    assert not interpret_pallas_call.races.races_found
+    assert_equals(out, loop(logits, 5))
+
+
+def test_gradients_checkpoint_vmap_and_scan_over_layers():
+    k = 3
+    logits, cotangents = draw(6, 40), draw_cotangents(6, k)
+    _, expected = run_and_pull(logits, cotangents, k)
+
+    def loss(logits, implementation):
+        out = softmax_topk(logits, k, implementation=implementation)
+        return sum(jnp.sum(o * c) for o, c in zip((out.lse, out.values, out.probabilities), cotangents, strict=True))
+
+    def layers(logits, implementation):
+        layer = jax.checkpoint(functools.partial(loss, implementation=implementation))
+        return jax.lax.scan(lambda total, scale: (total + layer(scale * logits), None), 0.0, jnp.array([1.0, 0.5]))[0]
+
+    reference = jax.jit(jax.grad(functools.partial(layers, implementation="reference")))(logits)
+    with interpret():
+        mapped = jax.jit(
+            jax.vmap(jax.grad(functools.partial(loss, implementation="mosaic_tpu"))), compiler_options=COMPILER_OPTIONS
+        )(np.stack([logits, logits]))
+        scanned = jax.jit(
+            jax.grad(functools.partial(layers, implementation="mosaic_tpu")), compiler_options=COMPILER_OPTIONS
+        )(logits)
+    assert_close(mapped, np.stack([expected, expected]), GRADIENT_TOLERANCE, "vmap")
+    assert_close(scanned, reference, GRADIENT_TOLERANCE, "scan over layers")
+
+
+@pytest.mark.parametrize("name", [*MODELS, *TINY])
+def test_block_sizes_are_whole_tiles_that_fit(name, monkeypatch):
+    monkeypatch.undo()
+    shape = (MODELS | TINY)[name]
+    itemsize = jnp.dtype(shape.dtype).itemsize
+    rows, columns = mosaic_tpu.block_sizes(shape.rows, shape.columns, itemsize)
+    assert rows % (32 // itemsize) == 0
+    assert rows <= mosaic_tpu.LANES
+    assert columns % mosaic_tpu.LANES == 0
+    assert (columns // mosaic_tpu.LANES) % min(mosaic_tpu.UNROLL, columns // mosaic_tpu.LANES) == 0
+    assert 2 * rows * columns * itemsize + 16 * 128 * 128 * 4 <= 12 * 2**20  # of the 16 MiB a kernel has by default
+    assert (-(-shape.columns // columns) - 1) * columns < shape.columns  # no block without a column
+
+
+COMPILE = """
+import sys, jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from pallas_kernels.softmax_topk import softmax_topk
+from pallas_kernels.softmax_topk.shapes import MODELS, TINY
+for topology in sys.argv[1].split(","):
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    for name in sys.argv[2].split(","):
+        shape = (MODELS | TINY)[name]
+        place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device))
+        step = lambda a: softmax_topk(**a, **shape.options())
+        compiled = jax.jit(step).lower(jax.tree.map(place, shape.arrays())).compile()
+        assert "tpu_custom_call" in compiled.as_text(), name
+        all_logits = shape.rows * shape.columns * jax.numpy.dtype(shape.dtype).itemsize
+        assert compiled.memory_analysis().temp_size_in_bytes < max(all_logits / 4, 2**20), name
+        print("compiled", topology, name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("topologies", "names"),
+    [
+        ("v5e:2x4", "odd,distil_128k"),
+        pytest.param("v5e:2x4,v5p:2x2x1,v6e:2x4", ",".join(MODELS | TINY), marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_for_tpus(topologies, names):
+    pytest.importorskip("libtpu")
+    quiet = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, topologies, names],
+        env=os.environ | quiet,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("compiled") == len(topologies.split(",")) * len(names.split(","))
