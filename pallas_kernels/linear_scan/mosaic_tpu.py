@@ -16,36 +16,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch, interpret
+from pallas_kernels import dispatch, interpret, tiles
 from pallas_kernels.linear_scan import xla
+from pallas_kernels.tiles import STEP, TILE
 
-TILE = 8  # tokens in a register
-STEP = 16  # tokens in a packed register of bfloat16; a block of time is a multiple of it
-LANES = 128
-VMEM_BYTES = 12 * 2**20  # of the 16 MiB that a kernel may use by default
-MAX_BLOCK = 1024
+MAX_BLOCK = 1024  # channels
 DTYPES = ("float32", "bfloat16")
-
-
-def block_channels(channels: int, rows: int, token_bytes: int) -> int | None:
-    """Channels per block: fills registers with little padding and fits VMEM; None when nothing fits.
-
-    Args:
-      channels: size of the channel axis.
-      rows: tokens per block.
-      token_bytes: bytes that one token of one channel takes in VMEM.
-    """
-    limit = min(MAX_BLOCK, VMEM_BYTES // (rows * token_bytes)) // LANES * LANES
-    if limit < LANES:
-        return None
-    if channels <= limit:
-        return channels  # a block as wide as the array need not be a multiple of 128
-    # A block costs about as much again as half a register, so fewer blocks win over a little padding.
-    return min(range(limit, 0, -LANES), key=lambda block: -(-channels // block) * (block + LANES // 2))
-
-
-def _rows(length: int, chunk_size: int) -> int:
-    return chunk_size if chunk_size < length else -(-length // STEP) * STEP
 
 
 def _token_bytes(a, b, *, backward: bool) -> int:
@@ -66,8 +42,8 @@ def _supports(a, b, chunk_size: int) -> None:
             f"linear_scan: mosaic_tpu does not cut tiles: chunk_size={chunk_size} must be a multiple of {STEP}, "
             f"such as {-(-chunk_size // STEP) * STEP}"
         )
-    rows = _rows(length, chunk_size)
-    if block_channels(a.shape[2], rows, _token_bytes(a, b, backward=True)) is None:
+    rows = tiles.block_rows(length, chunk_size)
+    if tiles.block_channels(a.shape[2], rows, _token_bytes(a, b, backward=True), MAX_BLOCK) is None:
         raise dispatch.UnsupportedError(
             f"linear_scan: mosaic_tpu does not hold {rows} tokens in VMEM: chunk_size={chunk_size} must be smaller, "
             "such as 256"
@@ -85,59 +61,49 @@ def supports_backward(a, b, state, reset, valid, boundaries, dh, dstate, *, chun
 
 
 def _codes(reset, valid, batch: int, length: int, rows: int):
-    """int32 [B, blocks, 1, rows / 8]: per tile, bits 0-7 for tokens that count, bits 8-15 for those not reset.
+    """int32 [B, blocks, 1, rows / 8]: per tile, bits 0-7 for tokens that count, bits 8-15 for those that are reset.
 
     None when every token of every block counts and none is reset.
     """
-    blocks = -(-length // rows)
-    if reset is None and valid is None and blocks * rows == length:
+    if reset is None and valid is None and length % rows == 0:
         return None
     live = jnp.ones((batch, length), bool) if valid is None else valid
-    joined = jnp.ones((batch, length), bool) if reset is None else ~reset
-    tail = ((0, 0), (0, blocks * rows - length))
-    bits = jnp.stack([jnp.pad(live, tail), jnp.pad(joined, tail, constant_values=True)], axis=-1)
-    bits = bits.reshape(batch, blocks, 1, rows // TILE, TILE, 2)
-    weights = jnp.left_shift(1, jnp.arange(TILE)[:, None] + jnp.array([0, TILE]))
-    return jnp.sum(bits * weights, axis=(-1, -2), dtype=jnp.int32)
-
-
-def _mask(bits, row):
-    """Bits 0-7 of a scalar as a bool vector over the tokens of a tile."""
-    return (jax.lax.shift_right_logical(jnp.broadcast_to(bits, row.shape), row) & 1) == 1
+    reset = jnp.zeros((batch, length), bool) if reset is None else reset
+    return tiles.pack([live, reset], length, rows)[:, :, None]
 
 
 class _Tile:
     """The masks of one tile of eight tokens; `code` is None when all of them are trivial."""
 
-    def __init__(self, code, shape):
-        self.row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        self.live, self.joined = (None, None) if code is None else (code & 255, (code >> TILE) & 255)
+    def __init__(self, code, width: int):
+        self.row = tiles.rows_of(width)
+        self.live, self.joined = (None, None) if code is None else (code & 255, (code >> TILE) & 255 ^ 255)
 
     def only_live(self, value, otherwise: float):
-        return value if self.live is None else jnp.where(_mask(self.live, self.row), value, otherwise)
+        return value if self.live is None else jnp.where(tiles.mask(self.live, self.row), value, otherwise)
 
     def only_joined(self, value):
         """Zeros at tokens that are reset."""
-        return value if self.joined is None else jnp.where(_mask(self.joined, self.row), value, 0.0)
+        return value if self.joined is None else jnp.where(tiles.mask(self.joined, self.row), value, 0.0)
 
     def scan(self, a, b, h):
         """h_t = a_t h_{t-1} + b_t over the tile from the state h [1, D] before it."""
         # After the step of size s, (a, b) cover the tokens (t - 2 s, t]; spans[i] says that none of them is reset.
         spans = None if self.joined is None else _spread_forward(self.joined)
         for i, size in enumerate((1, 2, 4)):
-            joins = self.row >= size if spans is None else _mask(spans[i], self.row)
+            joins = self.row >= size if spans is None else tiles.mask(spans[i], self.row)
             b = b + jnp.where(joins, a * pltpu.roll(b, size, 0), 0.0)
             a = jnp.where(joins, a * pltpu.roll(a, size, 0), a)
-        return b + (a * h if spans is None else jnp.where(_mask(spans[3], self.row), a * h, 0.0))
+        return b + (a * h if spans is None else jnp.where(tiles.mask(spans[3], self.row), a * h, 0.0))
 
     def scan_reversed(self, a, b, q):
         """q_t = a_t q_{t+1} + b_t over the tile from q [1, D] after it; nothing passes a reset at t + 1."""
         spans = None if self.joined is None else _spread_backward(self.joined)
         for i, size in enumerate((1, 2, 4)):
-            joins = self.row < TILE - size if spans is None else _mask(spans[i], self.row)
+            joins = self.row < TILE - size if spans is None else tiles.mask(spans[i], self.row)
             b = b + jnp.where(joins, a * pltpu.roll(b, TILE - size, 0), 0.0)
             a = jnp.where(joins, a * pltpu.roll(a, TILE - size, 0), a)
-        return b + (a * q if spans is None else jnp.where(_mask(spans[3], self.row), a * q, 0.0))
+        return b + (a * q if spans is None else jnp.where(tiles.mask(spans[3], self.row), a * q, 0.0))
 
     def before(self, h_all, h):
         """The state before each token, [8, D], from those after it and the one before the tile."""
@@ -147,7 +113,7 @@ class _Tile:
         """What comes back to each token from the next one, [8, D]."""
         later = pltpu.roll(q_all, TILE - 1, 0)
         if self.joined is not None:
-            later = jnp.where(_mask(self.joined >> 1, self.row), later, 0.0)
+            later = jnp.where(tiles.mask(self.joined >> 1, self.row), later, 0.0)
         return jnp.where(self.row == TILE - 1, q, later)
 
     def pass_on(self, q_all):
@@ -177,19 +143,11 @@ def _spread_backward(joined):
     return one, two, four, whole & ((whole >> 4) | 0xF0)
 
 
-def _tiles(codes, step, shape) -> list[_Tile]:
-    tiles = STEP // TILE
-    return [_Tile(None if codes is None else codes[0, step * tiles + i], shape) for i in range(tiles)]
-
-
-def _load(ref, step):
-    """The tokens of one step as float32 tiles."""
-    value = ref[pl.ds(pl.multiple_of(step * STEP, STEP), STEP), :].astype(jnp.float32)
-    return [value[i : i + TILE] for i in range(0, STEP, TILE)]
-
-
-def _store(ref, step, tiles) -> None:
-    ref[pl.ds(pl.multiple_of(step * STEP, STEP), STEP), :] = jnp.concatenate(tiles, axis=0).astype(ref.dtype)
+def _operands(codes, step, *refs) -> list[tuple]:
+    """The tiles of one step: masks, and what each of the references holds."""
+    count = STEP // TILE
+    masks = [_Tile(None if codes is None else codes[0, step * count + i], refs[0].shape[1]) for i in range(count)]
+    return list(zip(masks, *(tiles.load(ref, step) for ref in refs), strict=True))
 
 
 def _forward_kernel(*refs, masked: bool, save: bool):
@@ -206,11 +164,11 @@ def _forward_kernel(*refs, masked: bool, save: bool):
 
     def body(step, h):
         out = []
-        for tile, a, b in zip(_tiles(codes, step, (TILE, h.shape[1])), _load(a_ref, step), _load(b_ref, step)):
+        for tile, a, b in _operands(codes, step, a_ref, b_ref):
             h_all = tile.scan(tile.only_live(a, 1.0), tile.only_live(b, 0.0), h)
             out.append(tile.only_live(h_all, 0.0))
             h = h_all[TILE - 1 :]
-        _store(h_ref, step, out)
+        tiles.store(h_ref, step, out)
         return h
 
     carry_ref[...] = jax.lax.fori_loop(0, a_ref.shape[0] // STEP, body, carry_ref[...])
@@ -224,7 +182,7 @@ def _backward_kernel(*refs, masked: bool):
     codes, refs = (refs[0], refs[1:]) if masked else (None, refs)
     a_ref, b_ref, boundary_ref, dh_ref, dstate_ref, da_ref, db_ref, out_ref, before_ref, carry_ref = refs
     block = pl.program_id(2)  # from the last to the first
-    steps, shape = a_ref.shape[0] // STEP, (TILE, a_ref.shape[1])
+    steps = a_ref.shape[0] // STEP
 
     @pl.when(block == 0)
     def _():
@@ -232,26 +190,25 @@ def _backward_kernel(*refs, masked: bool):
 
     def recompute(step, h):
         out = []
-        for tile, a, b in zip(_tiles(codes, step, shape), _load(a_ref, step), _load(b_ref, step)):
+        for tile, a, b in _operands(codes, step, a_ref, b_ref):
             h_all = tile.scan(tile.only_live(a, 1.0), tile.only_live(b, 0.0), h)
             out.append(tile.before(h_all, h))
             h = h_all[TILE - 1 :]
-        _store(before_ref, step, out)
+        tiles.store(before_ref, step, out)
         return h
 
     def walk_back(i, q):
         step = steps - 1 - i
-        operands = (_tiles(codes, step, shape), *(_load(ref, step) for ref in (a_ref, dh_ref, before_ref)))
         das, dbs = [], []
-        for tile, a, dh, before in reversed(list(zip(*operands))):
+        for tile, a, dh, before in reversed(_operands(codes, step, a_ref, dh_ref, before_ref)):
             a, dh = tile.only_live(a, 1.0), tile.only_live(dh, 0.0)
             q_all = tile.scan_reversed(a, a * dh, q)
             g = dh + tile.after(q_all, q)
             das.insert(0, tile.only_live(g * before, 0.0))
             dbs.insert(0, tile.only_live(g, 0.0))
             q = tile.pass_on(q_all)
-        _store(da_ref, step, das)
-        _store(db_ref, step, dbs)
+        tiles.store(da_ref, step, das)
+        tiles.store(db_ref, step, dbs)
         return q
 
     jax.lax.fori_loop(0, steps, recompute, boundary_ref[...])
@@ -267,8 +224,8 @@ class _Blocks:
 
     def __init__(self, a, chunk_size, token_bytes, *, reverse: bool):
         self.batch, self.length, self.channels = a.shape
-        self.rows = _rows(self.length, chunk_size)
-        width = block_channels(self.channels, self.rows, token_bytes)
+        self.rows = tiles.block_rows(self.length, chunk_size)
+        width = tiles.block_channels(self.channels, self.rows, token_bytes, MAX_BLOCK)
         assert width is not None  # `supports` has been asked
         self.width = width
         self.count = -(-self.length // self.rows)
