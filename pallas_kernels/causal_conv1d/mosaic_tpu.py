@@ -22,7 +22,7 @@ from pallas_kernels import dispatch, interpret, tiles
 from pallas_kernels.causal_conv1d import xla
 from pallas_kernels.tiles import STEP, TILE
 
-MAX_ROWS, MAX_BLOCK = 256, 512  # tokens and channels; wider blocks run out of registers
+MAX_ROWS, MAX_BLOCK = 512, 512  # tokens and channels; wider blocks run out of registers
 MAX_WIDTH = 4  # the flags of a tile fill one int32: the token itself and three earlier ones
 DTYPES = ("float32", "bfloat16")
 
@@ -64,7 +64,10 @@ def _window(array, start, size: int):
         return None
     if isinstance(start, int):
         return lax.slice_in_dim(array, start, start + size, axis=1)
-    return jax.vmap(lambda row, i: lax.dynamic_slice_in_dim(row, i, size, axis=0))(array, start)
+    if array.ndim == 2:
+        return jnp.take_along_axis(array, start[:, None] + jnp.arange(size), axis=1)
+    # Row by row: as a gather, XLA first copies the whole array into another layout.
+    return lax.map(lambda row: lax.dynamic_slice_in_dim(array[row[0]], row[1], size), (jnp.arange(start.shape[0]), start))
 
 
 def _replace(array, window, start):
@@ -72,7 +75,11 @@ def _replace(array, window, start):
     window = window.astype(array.dtype)
     if isinstance(start, int):
         return lax.dynamic_update_slice_in_dim(array, window, start, axis=1)
-    return jax.vmap(lambda row, w, i: lax.dynamic_update_slice_in_dim(row, w, i, axis=0))(array, window, start)
+
+    def put(row, array):
+        return lax.dynamic_update_slice(array, lax.dynamic_slice_in_dim(window, row, 1), (row, start[row], 0))
+
+    return lax.fori_loop(0, array.shape[0], put, array)
 
 
 def _codes(reset, valid, front, batch: int, length: int, rows: int, width: int):
@@ -139,8 +146,10 @@ def _preactivation(taps, weight, bias):
 
 
 def _filters(weight_ref, bias_ref):
-    weight = weight_ref[...].astype(jnp.float32)
-    return [weight[k : k + 1] for k in range(weight.shape[0])], bias_ref[...].astype(jnp.float32)
+    """Weights and bias spread over the tokens of a tile, once per block."""
+    rows = weight_ref[...].astype(jnp.float32), bias_ref[...].astype(jnp.float32)
+    weight, bias = ([jnp.broadcast_to(v[k : k + 1], (TILE, v.shape[1])) for k in range(v.shape[0])] for v in rows)
+    return weight, bias[0]
 
 
 def _forward_kernel(*refs, masked: bool, width: int, silu: bool):
@@ -227,7 +236,7 @@ class _Blocks:
         self.width = width
         self.rows = tiles.block_rows(self.length, MAX_ROWS)
         lanes = tiles.block_channels(self.channels, self.rows, 2 * arrays * x.dtype.itemsize, MAX_BLOCK)
-        assert lanes is not None  # 256 tokens of 128 channels fit in any dtype
+        assert lanes is not None  # 512 tokens of 128 channels fit in any dtype
         self.lanes = lanes
         self.count = -(-self.length // self.rows)
         self.order = (lambda t: self.count - 1 - t) if reverse else (lambda t: t)
