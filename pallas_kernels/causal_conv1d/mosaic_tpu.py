@@ -67,7 +67,9 @@ def _window(array, start, size: int):
     if array.ndim == 2:
         return jnp.take_along_axis(array, start[:, None] + jnp.arange(size), axis=1)
     # Row by row: as a gather, XLA first copies the whole array into another layout.
-    return lax.map(lambda row: lax.dynamic_slice_in_dim(array[row[0]], row[1], size), (jnp.arange(start.shape[0]), start))
+    return lax.map(
+        lambda row: lax.dynamic_slice_in_dim(array[row[0]], row[1], size), (jnp.arange(start.shape[0]), start)
+    )
 
 
 def _replace(array, window, start):

@@ -20,16 +20,25 @@ def _over_chunks(length: int, chunk: int, body, carry, *, reverse: bool = False)
     return carry
 
 
-def _load(array, t, valid, otherwise):
+def _bits(array):
+    """16-bit floats as integers: XLA's CPU backend would convert all of the array to float32 at every token."""
+    return array if array.dtype.itemsize == 4 else lax.bitcast_convert_type(array, jnp.uint16)
+
+
+def _floats(bits, dtype):
+    return bits if bits.dtype == dtype else lax.bitcast_convert_type(bits, dtype)
+
+
+def _load(bits, dtype, t, valid, otherwise):
     """Token t of [B, T, D] in float32, `otherwise` at padding."""
-    token = lax.dynamic_index_in_dim(array, t, axis=1, keepdims=False).astype(jnp.float32)
+    token = _floats(lax.dynamic_index_in_dim(bits, t, axis=1, keepdims=False), dtype).astype(jnp.float32)
     return token if valid is None else jnp.where(_mask(valid, t), token, otherwise)
 
 
-def _store(array, token, t, valid):
+def _store(bits, dtype, token, t, valid):
     """Puts a token into [B, T, D], zeros at padding."""
     token = token if valid is None else jnp.where(_mask(valid, t), token, 0.0)
-    return lax.dynamic_update_index_in_dim(array, token.astype(array.dtype), t, axis=1)
+    return lax.dynamic_update_index_in_dim(bits, _bits(token.astype(dtype)), t, axis=1)
 
 
 def _mask(flags, t):
@@ -50,13 +59,15 @@ def forward(a, b, state, reset, valid, *, chunk_size: int, save: bool):
     `boundaries` is float32 [B, ceil(T / chunk_size), D], the state before each chunk; None unless `save`.
     """
     batch, length, channels = a.shape
+    a_bits, b_bits = _bits(a), _bits(b)
 
     def chunk(index, size, carry):
         def token(i, carry):
             state, h = carry
             t = index * chunk_size + i
-            state = _load(a, t, valid, 1.0) * _clear(reset, t, state) + _load(b, t, valid, 0.0)
-            return state, _store(h, state, t, valid)
+            decay = _load(a_bits, a.dtype, t, valid, 1.0)
+            state = decay * _clear(reset, t, state) + _load(b_bits, b.dtype, t, valid, 0.0)
+            return state, _store(h, b.dtype, state, t, valid)
 
         state, h, boundaries = carry
         if save:
@@ -64,9 +75,9 @@ def forward(a, b, state, reset, valid, *, chunk_size: int, save: bool):
         return *lax.fori_loop(0, size, token, (state, h)), boundaries
 
     boundaries = jnp.zeros((batch, -(-length // chunk_size), channels), jnp.float32) if save else None
-    carry = _initial(state, a), jnp.zeros_like(b), boundaries
+    carry = _initial(state, a), jnp.zeros_like(b_bits), boundaries
     new_state, h, boundaries = _over_chunks(length, chunk_size, chunk, carry)
-    return h, new_state, boundaries
+    return _floats(h, b.dtype), new_state, boundaries
 
 
 def backward(a, b, state, reset, valid, boundaries, dh, dstate, *, chunk_size: int):
@@ -77,6 +88,7 @@ def backward(a, b, state, reset, valid, boundaries, dh, dstate, *, chunk_size: i
     Args are those of `forward`, its `boundaries`, and the cotangents dh [B, T, D] and dstate [B, D].
     """
     batch, length, channels = a.shape
+    a_bits, b_bits, dh_bits = _bits(a), _bits(b), _bits(dh)
 
     def chunk(index, size, carry):
         def recompute(i, carry):
@@ -84,15 +96,17 @@ def backward(a, b, state, reset, valid, boundaries, dh, dstate, *, chunk_size: i
             t = index * chunk_size + i
             h = _clear(reset, t, h)
             before = lax.dynamic_update_index_in_dim(before, h, i, axis=0)
-            return _load(a, t, valid, 1.0) * h + _load(b, t, valid, 0.0), before
+            decay = _load(a_bits, a.dtype, t, valid, 1.0)
+            return decay * h + _load(b_bits, b.dtype, t, valid, 0.0), before
 
         def token(i, carry):
             kept, da, db = carry
             i = size - 1 - i
             t = index * chunk_size + i
-            g = kept + _load(dh, t, valid, 0.0)
-            da = _store(da, g * lax.dynamic_index_in_dim(before, i, axis=0, keepdims=False), t, valid)
-            return _clear(reset, t, _load(a, t, valid, 1.0) * g), da, _store(db, g, t, valid)
+            g = kept + _load(dh_bits, dh.dtype, t, valid, 0.0)
+            da_t = g * lax.dynamic_index_in_dim(before, i, axis=0, keepdims=False)
+            kept = _clear(reset, t, _load(a_bits, a.dtype, t, valid, 1.0) * g)
+            return kept, _store(da, a.dtype, da_t, t, valid), _store(db, b.dtype, g, t, valid)
 
         kept, da, db, before = carry
         h = lax.dynamic_index_in_dim(boundaries, index, axis=1, keepdims=False)
@@ -100,6 +114,6 @@ def backward(a, b, state, reset, valid, boundaries, dh, dstate, *, chunk_size: i
         return *lax.fori_loop(0, size, token, (kept, da, db)), before
 
     before = jnp.zeros((min(chunk_size, length), batch, channels), jnp.float32)
-    carry = dstate, jnp.zeros_like(a), jnp.zeros_like(b), before
+    carry = dstate, jnp.zeros_like(a_bits), jnp.zeros_like(b_bits), before
     kept, da, db, _ = _over_chunks(length, chunk_size, chunk, carry, reverse=True)
-    return da, db, None if state is None else kept
+    return _floats(da, a.dtype), _floats(db, b.dtype), None if state is None else kept
