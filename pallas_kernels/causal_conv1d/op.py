@@ -7,12 +7,14 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.causal_conv1d import reference, xla
+from pallas_kernels.causal_conv1d import mosaic_tpu, reference, xla
 
 ACTIVATIONS = (None, "silu")
 
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
+BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu.backward}
+FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_forward}
+BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_backward}
 NAMES = ("reference", *FORWARD)
 
 
@@ -44,7 +46,7 @@ def causal_conv1d(
       valid: bool [B, T], False at padding: y is 0 there, and what x holds there is ignored, `reset` included.
         Padding that follows a token ends its document. None when there is no padding.
       activation: "silu" or None.
-      implementation: "reference", "xla" or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
 
     Returns:
       y: [B, T, D] in the dtype of x.
@@ -93,7 +95,8 @@ def _check(x, weight, bias, state, reset, valid) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _causal_conv1d(activation, implementation, *arrays):
-    return dispatch.run("causal_conv1d", FORWARD, implementation, *arrays, activation=activation)
+    static = {"supports": FORWARD_SUPPORTS, "activation": activation}
+    return dispatch.run("causal_conv1d", FORWARD, implementation, *arrays, **static)
 
 
 def _forward(activation, implementation, *arrays):
@@ -101,7 +104,8 @@ def _forward(activation, implementation, *arrays):
 
 
 def _backward(activation, implementation, arrays, cotangents):
-    gradients = dispatch.run("causal_conv1d", BACKWARD, implementation, *arrays, *cotangents, activation=activation)
+    static = {"supports": BACKWARD_SUPPORTS, "activation": activation}
+    gradients = dispatch.run("causal_conv1d", BACKWARD, implementation, *arrays, *cotangents, **static)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

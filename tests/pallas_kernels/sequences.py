@@ -1,7 +1,11 @@
-"""What the tests of recurrent ops share: masks for every layout of documents, and comparison to scale."""
+"""What the tests of recurrent ops share: masks for every layout of documents, transformations, comparison to scale."""
+
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 LAYOUTS = ("packed", "left", "right", "between", "empty")
 
@@ -45,3 +49,41 @@ def assert_close(actual, expected, tolerance: float, what: str = "") -> None:
         if e.size:
             error = np.abs(a - e).max() / max(np.abs(e).max(), 1e-3)
             assert error <= tolerance, f"{what} leaf {i}: error {error:.1e} relative to scale > {tolerance:.0e}"
+
+
+def check_transformations(run, args, cotangents, tolerance: float, *, name: str = "x", implementation: str = "xla"):
+    """Gradients of `run` under checkpoint, vmap and a scan over layers equal those of the reference.
+
+    Args:
+      run: function of (args, implementation=...) that returns two outputs, the first shaped as `args[name]`.
+      args: arguments by name.
+      cotangents: of the two outputs.
+      tolerance: for `assert_close`.
+      name: the argument that goes from layer to layer.
+      implementation: the one to check.
+    """
+
+    def loss(args, implementation=implementation):
+        return sum(jnp.sum(o * c) for o, c in zip(run(args, implementation=implementation), cotangents, strict=True))
+
+    expected = jax.jit(jax.grad(functools.partial(loss, implementation="reference")))(args)
+    assert_close(jax.jit(jax.grad(jax.checkpoint(loss)))(args), expected, tolerance, "checkpoint")
+    twice = jax.tree.map(lambda a: np.stack([a, 0.5 * a]), args)
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(twice)
+    assert_close(jax.tree.map(lambda g: g[0], mapped), expected, tolerance, "vmap")
+
+    def layers(args, implementation):
+        def layer(x, scale):
+            return run(args | {name: scale * x}, implementation=implementation)[0], None
+
+        return jnp.sum(jax.lax.scan(layer, args[name], jnp.array([1.0, 0.5]))[0] * cotangents[0])
+
+    actual, expected = (
+        jax.jit(jax.grad(functools.partial(layers, implementation=n)))(args) for n in (implementation, "reference")
+    )
+    assert_close(actual, expected, tolerance, "scan over layers")
+
+
+def mamba_modeling():
+    """torch and the Mamba of transformers; skips the test where they are not installed."""
+    return pytest.importorskip("torch"), pytest.importorskip("transformers.models.mamba.modeling_mamba")

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.selective_scan.shapes import MODELS, TINY, ScanShape
-from tests.pallas_kernels.sequences import LAYOUTS, assert_close, masks, redraw
+from tests.pallas_kernels.sequences import LAYOUTS, assert_close, check_transformations, mamba_modeling, masks, redraw
 
 VALUE_TOLERANCE = 2e-6  # float32, relative to the largest magnitude
 GRADIENT_TOLERANCE = 1e-5
@@ -250,27 +250,7 @@ def test_bfloat16_inputs_with_float32_state(length):
 
 def test_transformations():
     args = draw(2, 2 * CHUNK)
-    _, expected = run_and_pull(args, draw_cotangents(args))
-    cotangents = draw_cotangents(args)
-
-    def loss(args):
-        return sum(jnp.sum(o * c) for o, c in zip(run(args), cotangents, strict=True))
-
-    assert_close(jax.jit(jax.grad(jax.checkpoint(loss)))(args), expected, GRADIENT_TOLERANCE, "checkpoint")
-    twice = jax.tree.map(lambda a: np.stack([a, 0.5 * a]), args)
-    mapped = jax.jit(jax.vmap(jax.grad(loss)))(twice)
-    assert_close(jax.tree.map(lambda g: g[0], mapped), expected, GRADIENT_TOLERANCE, "vmap")
-
-    def layers(args, implementation):
-        def layer(x, scale):
-            return run(args | {"x": scale * x}, implementation=implementation)[0], None
-
-        return jnp.sum(jax.lax.scan(layer, args["x"], jnp.array([1.0, 0.5]))[0] * cotangents[0])
-
-    actual, expected = (
-        jax.jit(jax.grad(functools.partial(layers, implementation=n)))(args) for n in ("xla", "reference")
-    )
-    assert_close(actual, expected, GRADIENT_TOLERANCE, "scan over layers")
+    check_transformations(run, args, draw_cotangents(args), GRADIENT_TOLERANCE)
 
 
 def test_causality_by_gradient():
@@ -347,8 +327,7 @@ def test_an_implementation_that_does_not_exist_yet_raises():
 
 
 def test_equals_transformers_in_values_and_gradients():
-    torch = pytest.importorskip("torch")
-    modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
+    torch, modeling = mamba_modeling()
     args = draw(2, 19)
     leaves = {
         n: torch.tensor(a.swapaxes(1, 2).copy() if n in ("x", "dt", "B", "C", "z") else a, requires_grad=True)
