@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         print(json.dumps(reports, indent=1))
     else:
-        _print(reports)
+        show(reports)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -49,7 +49,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _print(reports: list[dict[str, Any]]) -> None:
+def show(reports: list[dict[str, Any]]) -> None:
+    """Prints reports of `profile.profile_op` as a table."""
     console = rich.console.Console(width=190)
     columns = "program|kernel|cycles|every region|MB|MXU|VALU|EUP|load|store|fill|spill|estimate|floor|ratio"
     table = rich.table.Table(*columns.split("|"))

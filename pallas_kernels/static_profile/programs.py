@@ -1,9 +1,9 @@
 """What is profiled: a program is a function and its abstract arguments.
 
 The protocol of an op folder `pallas_kernels/<op>/`: `op.py` has the public function `<op>` with an `implementation`
-argument and the tables FORWARD and BACKWARD; `shapes.py` has MODELS, a mapping from names to entries with
-`arrays()` (array arguments by name, as `jax.ShapeDtypeStruct`) and `options()` (the other arguments by name), and
-optionally PROFILE, the names of the entries profiled by default (else the first of MODELS).
+argument, the table FORWARD and, where it has a backward pass of its own, BACKWARD; `shapes.py` has MODELS, a mapping
+from names to entries with `arrays()` (array arguments by name, as `jax.ShapeDtypeStruct`) and `options()` (the other
+arguments by name), and optionally PROFILE, the names of the entries profiled by default (else the first of MODELS).
 """
 
 import importlib
@@ -25,9 +25,9 @@ def ops() -> list[str]:
 
 
 def implementations(op: str, direction: str) -> list[str]:
-    """Names of the implementations that an op has for a direction."""
+    """Names of the implementations that an op has for a direction; none where it lacks the table."""
     module = importlib.import_module(f"pallas_kernels.{op}.op")
-    return list(module.FORWARD if direction == "forward" else module.BACKWARD)
+    return list(getattr(module, direction.upper(), ()))
 
 
 def entries(op: str) -> list[str]:
