@@ -146,7 +146,7 @@ def _slots(name: str, text: str, count: int) -> tuple[dict[str, list[int]], dict
 def _check_targets(schedule: Schedule, marks: dict[int, str | None]) -> None:
     for index, bundle in enumerate(schedule.bundles):
         jump = branch(bundle)
-        if jump is None:
+        if jump is None or jump.region is None:
             continue
         target = schedule.targets.get(jump.region)
         if target is None or marks[target] is None:

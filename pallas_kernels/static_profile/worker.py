@@ -3,6 +3,7 @@
 Run by `profile.compile_programs`: `python -m pallas_kernels.static_profile.worker REQUESTS.json`.
 """
 
+import faulthandler
 import importlib
 import json
 import pathlib
@@ -15,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.static_profile import chips
 
+LIMIT = 240  # seconds for one program; a compiler that hangs ends the process with a trace of where
 KEPT = ("final_bundles.txt", "final_hlo-static-per-bundle-utilization.txt", "-hlo.txt", "deduplication-map.txt")
 
 
@@ -24,11 +26,13 @@ def main(path: str) -> None:
     Args:
       path: a JSON file {"topology", "dumps" (folder), "requests": [{"call": "module:function", "arguments": {}}]}.
     """
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     job = json.loads(pathlib.Path(path).read_text())
     sharding = SingleDeviceSharding(chips.device(job["topology"]))
     dumps = pathlib.Path(job["dumps"])
     outcomes = []
     for index, request in enumerate(job["requests"]):
+        faulthandler.dump_traceback_later(LIMIT, exit=True)
         outcomes.append(_compile(request, sharding))
         folder = dumps.parent / str(index)
         folder.mkdir()
@@ -38,6 +42,7 @@ def main(path: str) -> None:
             else:
                 dump.unlink()
     (dumps.parent / "outcomes.json").write_text(json.dumps(outcomes))
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _compile(request: dict[str, Any], sharding: Any) -> dict[str, str]:
