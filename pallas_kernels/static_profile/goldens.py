@@ -1,0 +1,58 @@
+"""The committed table of what the TPU kernels cost, and when a kernel counts as worse."""
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pallas_kernels.static_profile import profile, programs
+
+CHIP = "v5e"
+IMPLEMENTATION = "mosaic_tpu"
+MARGIN = 0.05
+METRICS = ("cycles", "cycles_at_least", "cycles_every_region", "bytes")
+
+
+def covered() -> list[str]:
+    """The ops that have a TPU kernel."""
+    return [
+        op
+        for op in programs.ops()
+        if any(IMPLEMENTATION in programs.implementations(op, direction) for direction in programs.DIRECTIONS)
+    ]
+
+
+def measure(ops: Iterable[str]) -> list[dict[str, Any]]:
+    """Profiles the TPU kernels of ops at the shapes they profile by default."""
+    return [report for op in ops for report in profile.profile_op(op, programs.entries(op), CHIP, [IMPLEMENTATION])]
+
+
+def table(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The table to commit: per kernel its metrics, with the compiler's version.
+
+    Raises:
+      RuntimeError: a program did not compile.
+    """
+    rows = {}
+    for report in reports:
+        name = "/".join(report[key] for key in ("op", "shape", "direction"))
+        if "error" in report:
+            raise RuntimeError(f"{name} did not compile: {report['error']}")
+        for kernel in report.get("kernels", ()):
+            if kernel["pallas"]:
+                size = kernel["bytes_read"] + kernel["bytes_written"]
+                rows[f"{name}/{kernel['name']}"] = {m: size if m == "bytes" else kernel[m] for m in METRICS}
+    return {"chip": CHIP, "libtpu": importlib.metadata.version("libtpu"), "kernels": dict(sorted(rows.items()))}
+
+
+def worse(golden: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What in `new` is not as `golden` promises: kernels that cost over 5 % more, and rows without a partner."""
+    found = []
+    for name in sorted(set(golden["kernels"]) ^ set(new["kernels"])):
+        where = "the golden table" if name in new["kernels"] else "the profile"
+        found.append(f"{name} is missing from {where}")
+    for name in sorted(set(golden["kernels"]) & set(new["kernels"])):
+        for metric, before in golden["kernels"][name].items():
+            after = new["kernels"][name][metric]
+            if (after is None) != (before is None) or (before is not None and after > before * (1 + MARGIN)):
+                found.append(f"{name}: {metric} {before} -> {after}")
+    return found
