@@ -170,6 +170,15 @@ class Scores(NamedTuple):
         for start, stop, masked in ((a, d, True),) if self.documents else ((a, b, True), (b, c, False), (c, d, True)):
             jax.lax.fori_loop(start, stop, functools.partial(_call, body, masked), None)
 
+    def where_documents_meet(self, documents, q_start, kv_start) -> Callable[[Callable[[], None]], None]:
+        """Decorator that calls a function if the chunks can hold a document in common."""
+        if not self.documents:
+            return lambda body: body()
+        q_range, kv_range = documents[2:]
+        q = _floor(q_start, self.band.blocks.q_chunk)
+        kv = _floor(kv_start, self.band.blocks.kv_chunk)
+        return pl.when((q_range[0, 0, q] <= kv_range[0, 1, kv]) & (kv_range[0, 0, kv] <= q_range[0, 1, q]))
+
 
 def _call(body, masked, chunk, _):
     body(chunk, masked)
@@ -194,8 +203,13 @@ def as_column(row, lanes: int) -> jax.Array:
 
 
 def as_row(column) -> jax.Array:
-    """[n, lanes], every lane the same -> [1, n]."""
-    return column.T[:1]
+    """float32[n, lanes], every lane the same -> [1, n]."""
+    # Of each square keep the diagonal: cheaper than to transpose what is the same in every lane.
+    lanes = column.shape[1]
+    index = [jax.lax.broadcasted_iota(jnp.int32, (lanes, lanes), axis) for axis in (0, 1)]
+    squares = [column[n : n + lanes] for n in range(0, column.shape[0], lanes)]
+    diagonals = [jnp.where(index[0] == index[1], square, 0.0) for square in squares]
+    return jnp.concatenate([jnp.sum(x, axis=0, keepdims=True) for x in diagonals], axis=1)
 
 
 class Layout(NamedTuple):
@@ -203,7 +217,7 @@ class Layout(NamedTuple):
 
     scores: Scores
     groups: int
-    documents: tuple[jax.Array, ...]  # of queries and of keys, int32[B, 1, T], or nothing
+    documents: tuple[jax.Array, ...]  # of queries and keys, int32[B, 1, T], and their ranges; or nothing
 
     @property
     def band(self) -> Band:
@@ -260,7 +274,15 @@ def layout(q, k, v, q_documents, kv_documents, *, window, scale, soft_cap, block
         return plain
     sides = ((q_documents, _Q_PAD), (kv_documents, _KV_PAD))
     marks = tuple(plain.pad(jnp.where(x >= 0, x, fill), fill)[:, None] for x, fill in sides)
-    return plain._replace(documents=marks)
+    ranges = (_ranges(x, chunk) for x, chunk in zip(marks, (blocks.q_chunk, blocks.kv_chunk), strict=True))
+    return plain._replace(documents=(*marks, *ranges))
+
+
+def _ranges(documents, chunk: int) -> jax.Array:
+    """int32[B, 2, chunks]: the least and greatest document of a chunk; where all is padding, least > greatest."""
+    chunks = documents.reshape(documents.shape[0], -1, chunk)
+    least = jnp.where(chunks >= 0, chunks, jnp.iinfo(jnp.int32).max)
+    return jnp.stack([least.min(axis=-1), chunks.max(axis=-1)], axis=1)
 
 
 def supports(q, k, v, q_positions, *rest, **options) -> None:
@@ -274,36 +296,43 @@ def supports(q, k, v, q_positions, *rest, **options) -> None:
         raise UnsupportedError("attention: mosaic_tpu does not serve q, k and v of dtype float16: use bfloat16")
 
 
-def query_specs(band: Band, ratio: int) -> tuple[Callable[..., pl.BlockSpec], Callable[..., pl.BlockSpec]]:
-    """(queries, keys): makers of block specs for the grid (B, H / heads, query blocks, key steps)."""
-    blocks = band.blocks
-    steps_per_group = ratio // blocks.heads
+def query_specs(at: Layout, ratio: int) -> tuple[Callable, Callable, list[pl.BlockSpec]]:
+    """Block specs for the grid (B, H / heads, query blocks, key steps).
 
-    def q_spec(*shape, time_axis):
-        def index(b, h, i, step):
-            return tuple([b, h] + [i if axis == time_axis else 0 for axis in range(2, len(shape))])
+    Returns:
+      (spec of queries and spec of keys by width, specs of `at.documents`).
+    """
+    blocks, steps_per_group = at.band.blocks, ratio // at.band.blocks.heads
 
-        return pl.BlockSpec(shape, index)
+    def kv_index(i, step):
+        first, last = at.band.kv_range(i)
+        return jnp.minimum(first + step, last)  # the block of the step before is not loaded again
+
+    def q_spec(*width):
+        zeros = (0,) * len(width)
+        return pl.BlockSpec((1, 1, blocks.heads, blocks.q, *width), lambda b, h, i, step: (b, h, 0, i, *zeros))
 
     def kv_spec(width):
-        def index(b, h, i, step):
-            first, last = band.kv_range(i)
-            return b, jax.lax.div(h, steps_per_group), jnp.minimum(first + step, last), 0
+        return pl.BlockSpec(
+            (1, 1, blocks.kv, width),
+            lambda b, h, i, step: (b, jax.lax.div(h, steps_per_group), kv_index(i, step), 0),
+        )
 
-        return pl.BlockSpec((1, 1, blocks.kv, width), index)
-
-    return q_spec, kv_spec
+    return q_spec, kv_spec, document_specs(at, lambda i, step: i, kv_index)
 
 
-def document_specs(band: Band, documents: bool) -> list[pl.BlockSpec]:
-    """Block specs of the documents of queries and keys, for the grid of `query_specs`."""
-
-    def kv_index(b, h, i, step):
-        first, last = band.kv_range(i)
-        return b, 0, jnp.minimum(first + step, last)
-
-    q_spec = pl.BlockSpec((1, 1, band.blocks.q), lambda b, h, i, step: (b, 0, i))
-    return [q_spec, pl.BlockSpec((1, 1, band.blocks.kv), kv_index)] if documents else []
+def document_specs(at: Layout, q_index: Callable[..., Any], kv_index: Callable[..., Any]) -> list[pl.BlockSpec]:
+    """Block specs of `at.documents`; `q_index` and `kv_index` give the blocks from the last two grid indices."""
+    if not at.documents:
+        return []
+    return [
+        pl.BlockSpec((1, 1, at.band.blocks.q), lambda b, h, block, step: (b, 0, q_index(block, step))),
+        pl.BlockSpec((1, 1, at.band.blocks.kv), lambda b, h, block, step: (b, 0, kv_index(block, step))),
+        *(
+            pl.BlockSpec((1, *x.shape[1:]), lambda b, h, block, step: (b, 0, 0), memory_space=pltpu.SMEM)
+            for x in at.documents[2:]
+        ),
+    ]
 
 
 def for_row_chunks(blocks: Blocks, body: Callable[[Any, Any], None]) -> None:
@@ -317,9 +346,10 @@ def for_row_chunks(blocks: Blocks, body: Callable[[Any, Any], None]) -> None:
 
 
 def _forward_kernel(scores: Scores, *refs):
-    (*documents, q_ref, k_ref, v_ref, y_ref, lse_ref, peak_ref, total_ref, acc_ref), columns = refs, ()
+    columns = None
     if scores.documents:
-        *documents, q_ref, k_ref, v_ref, y_ref, lse_ref, peak_ref, total_ref, acc_ref, columns = refs
+        *refs, columns = refs
+    *documents, q_ref, k_ref, v_ref, y_ref, lse_ref, peak_ref, total_ref, acc_ref = refs
     band, blocks = scores.band, scores.band.blocks
     i, step = pl.program_id(2), pl.program_id(3)
     first, last = band.kv_range(i)
@@ -330,7 +360,7 @@ def _forward_kernel(scores: Scores, *refs):
         peak_ref[...] = jnp.full(peak_ref.shape, -jnp.inf, jnp.float32)
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
-        if scores.documents:
+        if columns is not None:
             columns[...] = as_column(documents[0][0], blocks.lanes)
 
     def row_chunk(head, row):
@@ -340,21 +370,26 @@ def _forward_kernel(scores: Scores, *refs):
         def chunk(c, masked):
             column = pl.multiple_of(c * blocks.kv_chunk, blocks.kv_chunk)
             keys = pl.ds(column, blocks.kv_chunk)
-            v = v_ref[0, 0, keys]
-            s = scores.scores(q_ref[0, 0, head, rows], k_ref[0, 0, keys])
-            if masked:
-                marks = (widen(columns[rows], s.shape[1]), documents[1][0, :, keys]) if scores.documents else (0, 0)
-                s = scores.hide(s, q_start, j * blocks.kv + column, *marks, q_axis=0)
-            old_peak = peak_ref[head, rows]
-            peak = jnp.maximum(old_peak, jnp.max(s, axis=1, keepdims=True))
-            peak_ref[head, rows] = peak
-            shift = jnp.where(peak == -jnp.inf, 0.0, peak) if masked else peak
-            p, decay = jnp.exp(s - widen(shift, s.shape[1])), jnp.exp(old_peak - shift)
-            # Sums stay apart by lane until the end: adding lanes of a register is slow.
-            parts = [p[:, n : n + blocks.lanes] for n in range(0, s.shape[1], blocks.lanes)]
-            total_ref[head, rows] = total_ref[head, rows] * decay + sum(parts[1:], parts[0])
-            pv = contract(p.astype(v.dtype), v, 1, 0)
-            acc_ref[head, rows] = acc_ref[head, rows] * widen(decay, v.shape[1]) + pv
+
+            @scores.where_documents_meet(documents, q_start, j * blocks.kv + column)
+            def _():
+                v = v_ref[0, 0, keys]
+                s = scores.scores(q_ref[0, 0, head, rows], k_ref[0, 0, keys])
+                if masked:
+                    marks = (0, 0)
+                    if columns is not None:
+                        marks = (widen(columns[rows], s.shape[1]), documents[1][0, :, keys])
+                    s = scores.hide(s, q_start, j * blocks.kv + column, *marks, q_axis=0)
+                old_peak = peak_ref[head, rows]
+                peak = jnp.maximum(old_peak, jnp.max(s, axis=1, keepdims=True))
+                peak_ref[head, rows] = peak
+                shift = jnp.where(peak == -jnp.inf, 0.0, peak) if masked else peak
+                p, decay = jnp.exp(s - widen(shift, s.shape[1])), jnp.exp(old_peak - shift)
+                # Sums stay apart by lane until the end: adding lanes of a register is slow.
+                parts = [p[:, n : n + blocks.lanes] for n in range(0, s.shape[1], blocks.lanes)]
+                total_ref[head, rows] = total_ref[head, rows] * decay + sum(parts[1:], parts[0])
+                pv = contract(p.astype(v.dtype), v, 1, 0)
+                acc_ref[head, rows] = acc_ref[head, rows] * widen(decay, v.shape[1]) + pv
 
         scores.loop(band.kv_chunks(q_start, j * blocks.kv), chunk)
 
@@ -365,11 +400,11 @@ def _forward_kernel(scores: Scores, *refs):
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
         for head in range(blocks.heads):
-            total = jnp.sum(total_ref[head], axis=1, keepdims=True)
-            sees = total > 0
-            total = jnp.where(sees, total, 1.0)
-            y_ref[0, 0, head] = (acc_ref[head] / total).astype(y_ref.dtype)
-            lse_ref[0, 0, pl.ds(head, 1)] = as_row(jnp.where(sees, peak_ref[head] + jnp.log(total), -jnp.inf))
+            total = jnp.broadcast_to(jnp.sum(total_ref[head], axis=1, keepdims=True), total_ref.shape[1:])
+            share = 1.0 / jnp.where(total > 0, total, 1.0)
+            y_ref[0, 0, head] = (acc_ref[head] * widen(share, acc_ref.shape[2])).astype(y_ref.dtype)
+            # Where nothing is seen the peak is -inf; where something is, the total is at least 1.
+            lse_ref[0, 0, pl.ds(head, 1)] = as_row(peak_ref[head]) + jnp.log(jnp.maximum(as_row(total), 1.0))
 
 
 def forward(
@@ -390,8 +425,7 @@ def forward(
     at = layout(q, k, v, q_documents, kv_documents, window=window, scale=scale, soft_cap=soft_cap, blocks=blocks)
     band, blocks = at.band, at.band.blocks
     (batch, _, heads, key), value = q.shape, v.shape[3]
-    q_spec, kv_spec = query_specs(band, heads // k.shape[2])
-    row_spec = q_spec(1, 1, blocks.heads, blocks.q, time_axis=3)
+    q_spec, kv_spec, documents = query_specs(at, heads // k.shape[2])
     lanes = pltpu.VMEM((blocks.heads, blocks.q, blocks.lanes), jnp.float32)
     scratch = [lanes, lanes, pltpu.VMEM((blocks.heads, blocks.q, value), jnp.float32)]
     if q_documents is not None:
@@ -400,13 +434,8 @@ def forward(
     y, lse = pl.pallas_call(
         functools.partial(_forward_kernel, at.scores),
         grid=(batch, heads // blocks.heads, band.q_blocks, band.kv_steps()),
-        in_specs=[
-            *document_specs(band, q_documents is not None),
-            q_spec(1, 1, blocks.heads, blocks.q, key, time_axis=3),
-            kv_spec(key),
-            kv_spec(value),
-        ],
-        out_specs=[q_spec(1, 1, blocks.heads, blocks.q, value, time_axis=3), row_spec],
+        in_specs=[*documents, q_spec(key), kv_spec(key), kv_spec(value)],
+        out_specs=[q_spec(value), q_spec()],
         out_shape=[jax.ShapeDtypeStruct((*outer, value), q.dtype), jax.ShapeDtypeStruct(outer, jnp.float32)],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(

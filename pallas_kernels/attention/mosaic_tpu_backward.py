@@ -59,17 +59,20 @@ def _dq_kernel(scores: Scores, *refs):
         def chunk(c, masked):
             column = pl.multiple_of(c * blocks.kv_chunk, blocks.kv_chunk)
             keys = pl.ds(column, blocks.kv_chunk)
-            k = k_ref[0, 0, keys]
-            s = shown = scores.scores(q_ref[0, 0, head, rows], k)
-            if masked:
-                marks = (0, 0)
-                if columns is not None:
-                    marks = (widen(columns[rows], s.shape[1]), documents[1][0, :, keys])
-                shown = scores.hide(s, q_start, j * blocks.kv + column, *marks, q_axis=0)
-            p = jnp.exp(shown - widen(lse_columns[head, rows], s.shape[1]))
-            dp = contract(dy_ref[0, 0, head, rows], v_ref[0, 0, keys], 1, 1)
-            ds = _score_grad(scores, s, p, dp, widen(delta_columns[head, rows], s.shape[1]))
-            acc_ref[head, rows] += contract(ds.astype(k.dtype), k, 1, 0)
+
+            @scores.where_documents_meet(documents, q_start, j * blocks.kv + column)
+            def _():
+                k = k_ref[0, 0, keys]
+                s = shown = scores.scores(q_ref[0, 0, head, rows], k)
+                if masked:
+                    marks = (0, 0)
+                    if columns is not None:
+                        marks = (widen(columns[rows], s.shape[1]), documents[1][0, :, keys])
+                    shown = scores.hide(s, q_start, j * blocks.kv + column, *marks, q_axis=0)
+                p = jnp.exp(shown - widen(lse_columns[head, rows], s.shape[1]))
+                dp = contract(dy_ref[0, 0, head, rows], v_ref[0, 0, keys], 1, 1)
+                ds = _score_grad(scores, s, p, dp, widen(delta_columns[head, rows], s.shape[1]))
+                acc_ref[head, rows] += contract(ds.astype(k.dtype), k, 1, 0)
 
         scores.loop(band.kv_chunks(q_start, j * blocks.kv), chunk)
 
@@ -106,18 +109,21 @@ def _dkv_kernel(scores: Scores, q_steps: int, *refs):
         def chunk(c, masked):
             row = pl.multiple_of(c * blocks.q_chunk, blocks.q_chunk)
             rows = pl.ds(row, blocks.q_chunk)
-            q, dy = q_ref[0, 0, head, rows], dy_ref[0, 0, head, rows]
-            s = shown = scores.scores(k_ref[0, 0, keys], q)
-            if masked:
-                marks = (0, 0)
-                if columns is not None:
-                    marks = (documents[0][0, :, rows], widen(columns[keys], s.shape[1]))
-                shown = scores.hide(s, i * blocks.q + row, kv_start, *marks, q_axis=1)
-            p = jnp.exp(shown - lse_ref[0, 0, pl.ds(head, 1), rows])
-            dp = contract(v_ref[0, 0, keys], dy, 1, 1)
-            ds = _score_grad(scores, s, p, dp, delta_ref[0, 0, pl.ds(head, 1), rows])
-            dv_acc[keys] += contract(p.astype(dy.dtype), dy, 1, 0)
-            dk_acc[keys] += contract(ds.astype(q.dtype), q, 1, 0)
+
+            @scores.where_documents_meet(documents, i * blocks.q + row, kv_start)
+            def _():
+                q, dy = q_ref[0, 0, head, rows], dy_ref[0, 0, head, rows]
+                s = shown = scores.scores(k_ref[0, 0, keys], q)
+                if masked:
+                    marks = (0, 0)
+                    if columns is not None:
+                        marks = (documents[0][0, :, rows], widen(columns[keys], s.shape[1]))
+                    shown = scores.hide(s, i * blocks.q + row, kv_start, *marks, q_axis=1)
+                p = jnp.exp(shown - lse_ref[0, 0, pl.ds(head, 1), rows])
+                dp = contract(v_ref[0, 0, keys], dy, 1, 1)
+                ds = _score_grad(scores, s, p, dp, delta_ref[0, 0, pl.ds(head, 1), rows])
+                dv_acc[keys] += contract(p.astype(dy.dtype), dy, 1, 0)
+                dk_acc[keys] += contract(ds.astype(q.dtype), q, 1, 0)
 
         scores.loop(band.q_chunks(kv_start, i * blocks.q), chunk)
 
@@ -138,26 +144,16 @@ def _dkv_kernel(scores: Scores, q_steps: int, *refs):
 def _dq(at: Layout, ratio: int, q, k, v, dy, lse, delta):
     band, blocks = at.band, at.band.blocks
     key, value = q.shape[-1], v.shape[-1]
-    q_spec, kv_spec = query_specs(band, ratio)
-    row_spec = q_spec(1, 1, blocks.heads, blocks.q, time_axis=3)
+    q_spec, kv_spec, documents = query_specs(at, ratio)
     lanes = pltpu.VMEM((blocks.heads, blocks.q, blocks.lanes), jnp.float32)
     scratch = [lanes, lanes, pltpu.VMEM((blocks.heads, blocks.q, key), jnp.float32)]
     if at.documents:
         scratch.append(pltpu.VMEM((blocks.q, blocks.lanes), jnp.int32))
-    key_spec, value_spec = (q_spec(1, 1, blocks.heads, blocks.q, width, time_axis=3) for width in (key, value))
     return pl.pallas_call(
         functools.partial(_dq_kernel, at.scores),
         grid=(*q.shape[:2], band.q_blocks, band.kv_steps()),
-        in_specs=[
-            *document_specs(band, bool(at.documents)),
-            key_spec,
-            kv_spec(key),
-            kv_spec(value),
-            value_spec,
-            row_spec,
-            row_spec,
-        ],
-        out_specs=key_spec,
+        in_specs=[*documents, q_spec(key), kv_spec(key), kv_spec(value), q_spec(value), q_spec(), q_spec()],
+        out_specs=q_spec(key),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
@@ -188,10 +184,6 @@ def _dkv(at: Layout, ratio: int, q, k, v, dy, lse, delta):
     def kv_spec(width):
         return pl.BlockSpec((1, 1, blocks.kv, width), lambda b, g, j, step: (b, g, j, 0))
 
-    document_specs = [
-        pl.BlockSpec((1, 1, blocks.q), lambda b, g, j, step: (b, 0, q_index(j, step))),
-        pl.BlockSpec((1, 1, blocks.kv), lambda b, g, j, step: (b, 0, j)),
-    ]
     scratch = [pltpu.VMEM((blocks.kv, width), jnp.float32) for width in (key, value)]
     if at.documents:
         scratch.append(pltpu.VMEM((blocks.kv, blocks.lanes), jnp.int32))
@@ -199,13 +191,8 @@ def _dkv(at: Layout, ratio: int, q, k, v, dy, lse, delta):
         functools.partial(_dkv_kernel, at.scores, q_steps),
         grid=(*k.shape[:2], band.kv_blocks, turns * q_steps),
         in_specs=[
-            *(document_specs if at.documents else ()),
-            q_spec(key),
-            kv_spec(key),
-            kv_spec(value),
-            q_spec(value),
-            q_spec(),
-            q_spec(),
+            *document_specs(at, q_index, lambda j, step: j),
+            *(q_spec(key), kv_spec(key), kv_spec(value), q_spec(value), q_spec(), q_spec()),
         ],
         out_specs=[kv_spec(key), kv_spec(value)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
