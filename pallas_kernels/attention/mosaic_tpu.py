@@ -19,6 +19,7 @@ from pallas_kernels.dispatch import UnsupportedError
 
 LANES = 128
 VMEM_LIMIT = 16 * 2**20  # what v5e grants a kernel by default
+_MAX_WIDTH = 1024
 _Q_PAD, _KV_PAD = -2, -1  # documents of padding: they differ, so that padding sees no padding
 
 
@@ -294,6 +295,11 @@ def supports(q, k, v, q_positions, *rest, **options) -> None:
         )
     if q.dtype == jnp.float16:
         raise UnsupportedError("attention: mosaic_tpu does not serve q, k and v of dtype float16: use bfloat16")
+    if max(q.shape[3], v.shape[3]) > _MAX_WIDTH:
+        raise UnsupportedError(
+            f"attention: mosaic_tpu does not serve widths K={q.shape[3]}, V={v.shape[3]} of q, k and v: its blocks "
+            f"fit in VMEM up to {_MAX_WIDTH}"
+        )
 
 
 def query_specs(at: Layout, ratio: int) -> tuple[Callable, Callable, list[pl.BlockSpec]]:

@@ -27,11 +27,11 @@ from tests.pallas_kernels.test_attention import (
     oracle,
     packed_documents,
     poison,
-    run,
 )
 
 SLOPE_TOLERANCE = 1e-4  # of a float32 gradient along a direction, against a float64 difference quotient
 VMEM = 16 * 2**20
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
 SELF_ATTENTION = {n: s for n, s in {**shapes.MODELS, **shapes.TINY}.items() if s.keys is None}
 SMALL = Blocks(q=16, kv=32, q_chunk=8, kv_chunk=16, heads=1, lanes=8)
 
@@ -45,6 +45,18 @@ def small(monkeypatch):
 
     use(SMALL)
     return use
+
+
+def run(q, k, v, implementation, cotangents, **arguments):
+    """((y, lse), (dq, dk, dv)) with cotangents for both outputs, compiled as one program."""
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def call(q, k, v, cotangents):
+        both = functools.partial(attention, return_lse=True, implementation=implementation, **arguments)
+        outputs, vjp = jax.vjp(both, q, k, v)
+        return outputs, vjp(cotangents)
+
+    return call(q, k, v, cotangents)
 
 
 def check(q, k, v, cotangents=None, tolerances=(F32_TOLERANCE, F32_GRAD_TOLERANCE), **arguments):
@@ -69,13 +81,11 @@ def check(q, k, v, cotangents=None, tolerances=(F32_TOLERANCE, F32_GRAD_TOLERANC
     ("blocks", "time", "heads", "groups", "key", "value", "options"),
     [
         ((16, 16, 8, 8, 1, 8), 1, 2, 2, 8, 8, {}),
-        ((16, 16, 8, 8, 2, 8), 15, 4, 2, 8, 8, {}),
         ((16, 16, 16, 16, 4, 8), 16, 4, 1, 8, 5, {"window": 16}),
         ((32, 16, 8, 16, 1, 8), 49, 2, 2, 4, 9, {"window": 15}),
         ((16, 32, 16, 8, 3, 8), 67, 6, 1, 8, 8, {"window": 1, "soft_cap": 2.0}),
         ((16, 16, 8, 8, 2, 8), 53, 4, 1, 8, 4, {"window": 17, "scale": -0.7}),
         ((32, 32, 8, 8, 1, 8), 95, 6, 3, 8, 8, {"soft_cap": 3.0, "scale": 1.0}),
-        ((16, 16, 8, 8, 1, 8), 40, 2, 1, 4, 4, {"window": 33}),
         ((16, 64, 16, 32, 1, 8), 130, 1, 1, 8, 8, {"window": 50}),
     ],
 )
@@ -89,7 +99,7 @@ def test_the_chosen_blocks(time, window):
     check(*draw(time, 1, time, 2, 1, 4, 4), window=window)
 
 
-@pytest.mark.parametrize(("time", "window"), [(13, None), (70, 9), (100, None)])
+@pytest.mark.parametrize(("time", "window"), [(70, 9), (100, None)])
 def test_documents_and_poisoned_padding(small, time, window):
     documents = packed_documents(2, time, seed=time)
     q, k, v = (poison(x, documents) for x in draw(3, 2, time, 4, 2, 8, 6))
@@ -114,6 +124,20 @@ def test_a_row_of_padding_and_documents_in_any_order(small):
     documents[2] = np.arange(time) % 3 * 2**29  # large, and a document's tokens apart
     q, k, v = (poison(x, documents) for x in draw(5, 3, time, 2, 1, 8, 8))
     check(q, k, v, q_documents=jnp.asarray(documents), kv_documents=jnp.asarray(documents))
+
+
+def test_chunks_without_a_common_document_are_not_computed(small):
+    """Documents that fill chunks: what is NaN in one does not even meet a zero weight of another."""
+    documents = jnp.asarray(np.arange(64)[None] // 16, jnp.int32)
+    q, k, v = (x.at[:, 16:32].set(jnp.nan) for x in draw(5, 1, 64, 2, 1, 8, 8))
+    cotangents = draw_cotangents(q, v)
+    with interpret():
+        results = run(q, k, v, "mosaic_tpu", cotangents, q_documents=documents, kv_documents=documents)
+    other = (documents[0] != 1).nonzero()[0]
+    separate = [x[:, other] for x in (q, k, v, *cotangents)]
+    documents = documents[:, other]
+    expected = run(*separate[:3], "reference", tuple(separate[3:]), q_documents=documents, kv_documents=documents)
+    jax.tree.map(lambda a, b: assert_close(a[:, other], b, F32_GRAD_TOLERANCE), results, expected)
 
 
 def test_queries_and_keys_of_different_documents(small):
@@ -166,12 +190,14 @@ def test_either_forward_meets_the_other_backward(small):
     arrays = (q, k, v, None, None, documents, documents)
     options = {"window": 11, "scale": 0.4, "soft_cap": 5.0}
     cotangents = draw_cotangents(q, v)
+
+    def compiled(function):
+        return jax.jit(functools.partial(function, **options), compiler_options=QUICK)
+
     with interpret():
-        outputs = {n: jax.jit(functools.partial(op.FORWARD[n], **options))(*arrays) for n in ("xla", "mosaic_tpu")}
-        grads = [
-            jax.jit(functools.partial(op.BACKWARD[n], **options))(*arrays, *outputs[m], *cotangents)
-            for n, m in itertools.product(outputs, outputs)
-        ]
+        outputs = {n: compiled(op.FORWARD[n])(*arrays) for n in ("xla", "mosaic_tpu")}
+        backward = {n: compiled(op.BACKWARD[n]) for n in outputs}
+        grads = [backward[n](*arrays, *outputs[m], *cotangents) for n, m in itertools.product(outputs, outputs)]
     for other in grads[1:]:
         jax.tree.map(lambda a, b: assert_close(a, b, F32_GRAD_TOLERANCE), grads[0], other)
 
@@ -205,10 +231,11 @@ def test_vmap_scan_checkpoint_and_two_calls_of_one_program(small):
 
         return jnp.sum(jnp.sin(jax.lax.scan(layer, q, scales)[0]))
 
-    expected = jax.jit(jax.grad(functools.partial(loss, "xla"), argnums=(0, 1, 2)))(q, k, v)
+    compiled = functools.partial(jax.jit, compiler_options=QUICK)
+    expected = compiled(jax.grad(functools.partial(loss, "reference"), argnums=(0, 1, 2)))(q, k, v)
     one = jax.grad(lambda *a: loss("mosaic_tpu", *(x[None] for x in a)), argnums=(0, 1, 2))
     with interpret():
-        got = jax.jit(jax.vmap(one))(q, k, v)
+        got = compiled(jax.vmap(one))(q, k, v)
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b, F32_GRAD_TOLERANCE)
 
@@ -257,7 +284,7 @@ def band_window(blocks, time, window):
 
 def test_the_choice_of_blocks():
     widths, ratios, times = (
-        ((8, 8), (64, 64), (128, 128), (96, 256), (576, 512)),
+        ((8, 8), (64, 64), (128, 128), (96, 256), (576, 512), (1024, 1024)),
         (1, 3, 8, 11, 71, 128),
         (1, 600, 9000),
     )
@@ -281,7 +308,9 @@ def test_what_the_kernels_do_not_serve():
     index = jnp.arange(6, dtype=jnp.int32)[None]
     positions = {"q_positions": index, "kv_positions": index}
     half = tuple(x.astype(jnp.float16) for x in (q, k, v))
-    for arrays, extra, reason in (((q, k, v), positions, "q_positions"), (half, {}, "float16")):
+    wide = tuple(jnp.zeros((1, 6, 1, 1025)) for _ in range(3))
+    calls = (((q, k, v), positions, "q_positions"), (half, {}, "float16"), (wide, {}, "K=1025"))
+    for arrays, extra, reason in calls:
         with pytest.raises(UnsupportedError, match=f"mosaic_tpu does not serve .*{reason}"):
             attention(*arrays, implementation="mosaic_tpu", **extra)
 
