@@ -60,7 +60,7 @@ class Band(NamedTuple):
 
     blocks: Blocks
     time: int
-    window: int  # T where nothing is out of the window
+    window: int  # T, up to whole blocks, where nothing is out of the window
 
     @property
     def padded(self) -> int:
@@ -267,8 +267,9 @@ def layout(q, k, v, q_documents, kv_documents, *, window, scale, soft_cap, block
     """The layout of one call; `blocks` None chooses them."""
     time, ratio = q.shape[1], q.shape[2] // k.shape[2]
     blocks = blocks or choose_blocks(time, ratio, q.shape[3], v.shape[3], q.dtype.itemsize)
+    band = Band(blocks, time, time)
     windowed = window is not None and window < time
-    band = Band(blocks, time, window if windowed else -(-time // max(blocks.q, blocks.kv)) * max(blocks.q, blocks.kv))
+    band = band._replace(window=window if windowed else band.padded)
     scores = Scores(band, scale, soft_cap, q_documents is not None, windowed)
     plain = Layout(scores, k.shape[2], ())
     if q_documents is None:
