@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import mosaic_tpu, mosaic_tpu_backward, reference, xla
 
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
+BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
-FORWARD_SUPPORTS: dict[str, Any] = {}
-BACKWARD_SUPPORTS: dict[str, Any] = {}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
+BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_WINDOW = 2**31 - 1
@@ -66,7 +66,7 @@ def attention(
       scale: score factor; None = K ** -0.5.
       soft_cap: bound of the scores before masking; None = unbounded.
       return_lse: whether to return the log-sum-exp too, for `merge`; it is differentiable.
-      implementation: None (by platform), "xla", or "reference" (dense float32, differentiated by JAX).
+      implementation: None (by platform), "xla", "mosaic_tpu", or "reference" (dense float32, differentiated by JAX).
 
     Returns:
       y [B, T, H, V] in q's dtype; with `return_lse`, (y, lse) where lse is float32[B, T, H].
