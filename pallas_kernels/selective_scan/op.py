@@ -6,12 +6,14 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.selective_scan import reference, xla
+from pallas_kernels.selective_scan import mosaic_tpu, reference, xla
 
 DEFAULT_CHUNK_SIZE = 32
 
-FORWARD = {"xla": xla.forward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
+FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports}
 BACKWARD = {"xla": xla.backward}
+BACKWARD_SUPPORTS = {}
 NAMES = ("reference", *FORWARD)
 
 
@@ -102,13 +104,13 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, reset, valid) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _selective_scan(dt_softplus, chunk_size, implementation, *arrays):
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": False}
-    y, new_state, _ = dispatch.run("selective_scan", FORWARD, implementation, *arrays, **static)
+    y, new_state, _ = dispatch.run("selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
     return y, new_state
 
 
 def _forward(dt_softplus, chunk_size, implementation, *arrays):
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": True}
-    y, new_state, boundaries = dispatch.run("selective_scan", FORWARD, implementation, *arrays, **static)
+    y, new_state, boundaries = dispatch.run("selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
     return (y, new_state), (arrays, boundaries)
 
 
