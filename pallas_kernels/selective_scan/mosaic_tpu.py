@@ -23,7 +23,6 @@ LANES, SUBLANES = 128, 8
 MAX_TOKENS = 128  # of a chunk or a block: the gradients of B and C keep one token per lane
 STATES_UNROLLED = 16  # more would only make the program longer
 VMEM_LIMIT = 64 * 2**20  # of 128 MiB; the default of 16 does not hold a long chunk's history
-MAX_HISTORY = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +68,15 @@ def supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *rest, dt_softp
     named = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     for name, array in named.items():
         if array is not None and array.dtype == jnp.float16:
-            _refuse(f"{name} in float16: the TPU has no such type; use bfloat16 or float32")
+            refuse(f"{name} in float16: the TPU has no such type; use bfloat16 or float32")
     if chunk_size > MAX_TOKENS:
-        _refuse(f"chunk_size={chunk_size} for T={length}: chunks have at most {MAX_TOKENS} tokens")
+        refuse(f"chunk_size={chunk_size} for T={length}: chunks have at most {MAX_TOKENS} tokens")
     if chunk_size % SUBLANES and chunk_size < length:
-        _refuse(f"chunk_size={chunk_size} for T={length}: it must be a multiple of {SUBLANES}, or T at least")
+        refuse(f"chunk_size={chunk_size} for T={length}: it must be a multiple of {SUBLANES}, or T at least")
 
 
-def _refuse(reason: str):
+def refuse(reason: str):
+    """Raises UnsupportedError."""
     raise UnsupportedError(f"selective_scan: mosaic_tpu does not support {reason}")
 
 

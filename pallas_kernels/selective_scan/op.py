@@ -6,14 +6,14 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.selective_scan import mosaic_tpu, reference, xla
+from pallas_kernels.selective_scan import mosaic_tpu, mosaic_tpu_backward, reference, xla
 
 DEFAULT_CHUNK_SIZE = 32
 
 FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
 FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports}
-BACKWARD = {"xla": xla.backward}
-BACKWARD_SUPPORTS = {}
+BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
+BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports}
 NAMES = ("reference", *FORWARD)
 
 
@@ -117,7 +117,10 @@ def _forward(dt_softplus, chunk_size, implementation, *arrays):
 def _backward(dt_softplus, chunk_size, implementation, residuals, cotangents):
     arrays, boundaries = residuals
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size}
-    gradients = dispatch.run("selective_scan", BACKWARD, implementation, *arrays, boundaries, *cotangents, **static)
+    arguments = (*arrays, boundaries, *cotangents)
+    gradients = dispatch.run(
+        "selective_scan", BACKWARD, implementation, *arguments, supports=BACKWARD_SUPPORTS, **static
+    )
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 
