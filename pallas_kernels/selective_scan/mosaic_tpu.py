@@ -142,7 +142,7 @@ def tile_rows(j: int):
 
 def token_row(r: int, tiles: int):
     """Where all channels of the r-th token lie in a group of the scratch arrays."""
-    return pl.ds(r, tiles, stride=SUBLANES)
+    return pl.ds(r, tiles, stride=SUBLANES) if tiles > 1 else pl.ds(r, 1)
 
 
 def lanes(j: int):
@@ -232,7 +232,7 @@ def bounce_shape(p: Plan, states: int) -> tuple[int, int]:
 
 def bounce_row(n: int, tiles: int):
     """Where state index n lies there, for all channels of a block."""
-    return pl.ds(n // SUBLANES * tiles * SUBLANES + n % SUBLANES, tiles, stride=SUBLANES)
+    return token_row(n // SUBLANES * tiles * SUBLANES + n % SUBLANES, tiles)
 
 
 def bounce_tiles(states: int, tiles: int):
