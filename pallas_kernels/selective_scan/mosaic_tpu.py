@@ -38,18 +38,22 @@ class Plan:
 
     @property
     def time(self) -> int:
+        """Tokens, padded to whole chunks."""
         return self.chunk * self.chunks
 
     @property
     def width(self) -> int:
+        """Channels of a block."""
         return self.tiles * LANES
 
     @property
     def blocks(self) -> int:
+        """Blocks that hold all channels."""
         return -(-self.channels // self.width)
 
     @property
     def ragged(self) -> bool:
+        """Whether the last block has lanes past the last channel."""
         return self.channels % self.width != 0
 
 
@@ -346,7 +350,13 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
     by_channel = pl.BlockSpec((1, tokens, p.width), lambda b, t, d: (b, t, d))
     whole = (p.blocks, states, p.tiles, LANES)
     state_spec = pl.BlockSpec((1, *whole), lambda b, t, d: (b, 0, 0, 0, 0))
-    arrays: list[Any] = [pad_tokens(x, p), pad_tokens(dt, p), maps, by_state(A, p) / math.log(2), vectors(D, dt_bias, p)]
+    arrays: list[Any] = [
+        pad_tokens(x, p),
+        pad_tokens(dt, p),
+        maps,
+        by_state(A, p) / math.log(2),
+        vectors(D, dt_bias, p),
+    ]
     specs = [
         by_channel,
         by_channel,

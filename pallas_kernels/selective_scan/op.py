@@ -58,7 +58,7 @@ def selective_scan(
       valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold
         there is ignored, `reset` included. None when there is no padding.
       chunk_size: tokens between two saved states; None takes 32.
-      implementation: "reference", "xla" or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
 
     Returns:
       y: [B, T, Di] in the dtype of x.
@@ -104,13 +104,17 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, reset, valid) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _selective_scan(dt_softplus, chunk_size, implementation, *arrays):
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": False}
-    y, new_state, _ = dispatch.run("selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
+    y, new_state, _ = dispatch.run(
+        "selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static
+    )
     return y, new_state
 
 
 def _forward(dt_softplus, chunk_size, implementation, *arrays):
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": True}
-    y, new_state, boundaries = dispatch.run("selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
+    y, new_state, boundaries = dispatch.run(
+        "selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static
+    )
     return (y, new_state), (arrays, boundaries)
 
 

@@ -1,4 +1,4 @@
-"""The TPU kernels of the selective scan: interpreted numerics, races, and compilation for chips that need not be there."""
+"""The TPU kernels of the selective scan: interpreted numerics, races, and compilation without the chip."""
 
 import functools
 import os
@@ -26,9 +26,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # the interpreted kernels are lon
 TOKENS = ("x", "dt", "B", "C", "z")
 
 
-@functools.partial(
-    jax.jit, static_argnames=("implementation", "dt_softplus", "chunk_size"), compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnames=("implementation", "dt_softplus", "chunk_size"), compiler_options=QUICK)
 def run_and_pull(args, cotangents, reset=None, valid=None, implementation="mosaic_tpu", **options):
     """Outputs and the gradients of all arguments."""
     options = {"dt_softplus": True, "chunk_size": CHUNK} | options
