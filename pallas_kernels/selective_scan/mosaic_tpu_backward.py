@@ -111,7 +111,7 @@ def _kernel(*refs, s: Static):
                 outputs[common.token_row(r, tiles), :] = y[r]
 
     def gate(g):
-        if z_ref is None:
+        if z_ref is None or dz_ref is None:
             return
         tokens = common.group_tokens(g)
         mask = s.valid_tile(table, g)
