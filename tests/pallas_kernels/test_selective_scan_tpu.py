@@ -85,7 +85,7 @@ def test_documents_and_poisoned_padding():
 
 
 def test_optional_arguments_may_be_absent():
-    args = draw(2, CHUNK) | dict.fromkeys(("D", "z", "dt_bias", "state"))
+    args = draw(2, 2 * CHUNK) | dict.fromkeys(("D", "z", "dt_bias", "state"))
     check(args | {"dt": np.abs(args["dt"])}, dt_softplus=False)
 
 
