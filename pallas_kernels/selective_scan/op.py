@@ -6,12 +6,14 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.selective_scan import reference, xla
+from pallas_kernels.selective_scan import mosaic_tpu, mosaic_tpu_backward, reference, xla
 
 DEFAULT_CHUNK_SIZE = 32
 
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
+FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports}
+BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
+BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports}
 NAMES = ("reference", *FORWARD)
 
 
@@ -56,7 +58,7 @@ def selective_scan(
       valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold
         there is ignored, `reset` included. None when there is no padding.
       chunk_size: tokens between two saved states; None takes 32.
-      implementation: "reference", "xla" or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
 
     Returns:
       y: [B, T, Di] in the dtype of x.
@@ -102,20 +104,27 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, reset, valid) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _selective_scan(dt_softplus, chunk_size, implementation, *arrays):
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": False}
-    y, new_state, _ = dispatch.run("selective_scan", FORWARD, implementation, *arrays, **static)
+    y, new_state, _ = dispatch.run(
+        "selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static
+    )
     return y, new_state
 
 
 def _forward(dt_softplus, chunk_size, implementation, *arrays):
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": True}
-    y, new_state, boundaries = dispatch.run("selective_scan", FORWARD, implementation, *arrays, **static)
+    y, new_state, boundaries = dispatch.run(
+        "selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static
+    )
     return (y, new_state), (arrays, boundaries)
 
 
 def _backward(dt_softplus, chunk_size, implementation, residuals, cotangents):
     arrays, boundaries = residuals
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size}
-    gradients = dispatch.run("selective_scan", BACKWARD, implementation, *arrays, boundaries, *cotangents, **static)
+    arguments = (*arrays, boundaries, *cotangents)
+    gradients = dispatch.run(
+        "selective_scan", BACKWARD, implementation, *arguments, supports=BACKWARD_SUPPORTS, **static
+    )
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

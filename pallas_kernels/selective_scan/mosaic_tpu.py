@@ -1,0 +1,402 @@
+"""Selective scan as a TPU kernel: the forward pass, and what it shares with the backward pass.
+
+A vector register holds one state index of 1024 channels, so nothing is broadcast along sublanes and the sum over
+states needs no reduction: a token takes N exponentials, which is all the transcendental unit can do, and 6 N other
+operations. Tokens lie on sublanes in memory; a load with stride 8 collects the 8 x 128 channels of one of them.
+B_t[n] and C_t[n] are spread over the lanes once per block of tokens, for all channels, and read with stride 0.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import interpret
+from pallas_kernels.dispatch import UnsupportedError
+
+LANES, SUBLANES = 128, 8
+MAX_TOKENS = 128  # of a chunk or a block: the gradients of B and C keep one token per lane
+STATES_UNROLLED = 16  # more would only make the program longer
+VMEM_LIMIT = 64 * 2**20  # of 128 MiB; the default of 16 does not hold a long chunk's history
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a call is cut into blocks."""
+
+    chunk: int  # tokens between saved states
+    chunks: int
+    block_chunks: int  # chunks of a forward block
+    rows: int  # tokens that are run of a group of eight
+    channels: int  # padded to whole lanes
+    tiles: int  # of 128 channels in a block
+
+    @property
+    def time(self) -> int:
+        """Tokens, padded to whole chunks."""
+        return self.chunk * self.chunks
+
+    @property
+    def width(self) -> int:
+        """Channels of a block."""
+        return self.tiles * LANES
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that hold all channels."""
+        return -(-self.channels // self.width)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last block has lanes past the last channel."""
+        return self.channels % self.width != 0
+
+
+def plan(length: int, channels: int, chunk_size: int) -> Plan:
+    """Cuts `length` tokens of `channels` channels into blocks of whole chunks and at most 1024 channels."""
+    chunks = -(-length // chunk_size)
+    chunk = chunk_size if chunks > 1 else -(-chunk_size // SUBLANES) * SUBLANES
+    channels = -(-channels // LANES) * LANES
+    block_chunks = max(k for k in range(1, chunks + 1) if chunks % k == 0 and (k == 1 or k * chunk <= MAX_TOKENS))
+    return Plan(chunk, chunks, block_chunks, min(SUBLANES, length), channels, min(SUBLANES, channels // LANES))
+
+
+def supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *rest, dt_softplus, chunk_size, save=False) -> None:
+    """Raises UnsupportedError for what the kernels do not honour."""
+    length = x.shape[1]
+    named = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    for name, array in named.items():
+        if array is not None and array.dtype == jnp.float16:
+            refuse(f"{name} in float16: the TPU has no such type; use bfloat16 or float32")
+    if chunk_size > MAX_TOKENS:
+        refuse(f"chunk_size={chunk_size} for T={length}: chunks have at most {MAX_TOKENS} tokens")
+    if chunk_size % SUBLANES and chunk_size < length:
+        refuse(f"chunk_size={chunk_size} for T={length}: it must be a multiple of {SUBLANES}, or T at least")
+
+
+def refuse(reason: str):
+    """Raises UnsupportedError."""
+    raise UnsupportedError(f"selective_scan: mosaic_tpu does not support {reason}")
+
+
+# ---- layouts, outside the kernel ------------------------------------------------------------------------------
+
+
+def pad_tokens(v: jax.Array, p: Plan, channels: bool = True) -> jax.Array:
+    """Zeros up to whole chunks, and up to whole lanes."""
+    widths = ((0, 0), (0, p.time - v.shape[1]), (0, p.channels - v.shape[2] if channels else 0))
+    return jnp.pad(v, widths) if any(map(sum, widths)) else v
+
+
+def by_state(v: jax.Array, p: Plan) -> jax.Array:
+    """[..., Di, N] -> float32 [..., blocks, N, tiles, 128]."""
+    v = jnp.swapaxes(v.astype(jnp.float32), -1, -2)
+    pad = [(0, 0)] * (v.ndim - 1) + [(0, p.blocks * p.width - v.shape[-1])]
+    v = jnp.pad(v, pad).reshape(*v.shape[:-1], p.blocks, p.tiles, LANES)
+    return jnp.moveaxis(v, -3, -4)
+
+
+def from_by_state(v: jax.Array, channels: int) -> jax.Array:
+    """The inverse of `by_state`."""
+    v = jnp.moveaxis(v, -4, -3)
+    v = v.reshape(*v.shape[:-3], -1)[..., :channels]
+    return jnp.swapaxes(v, -1, -2)
+
+
+def flags(reset, valid, length: int, p: Plan):
+    """(reset, valid) of the padded length; padding of our own counts as such."""
+    if valid is None and p.time != length:
+        valid = jnp.ones((1, length), bool)
+    return tuple(None if v is None else jnp.pad(v, ((0, 0), (0, p.time - v.shape[1]))) for v in (reset, valid))
+
+
+def token_maps(B, C, reset, valid, p: Plan, tokens: int) -> jax.Array:
+    """float32 [B, T / tokens, rows, tokens]: B, C, then (not reset, valid) when either is given."""
+    batch = B.shape[0]
+    rows = [pad_tokens(v.astype(jnp.float32), p, channels=False) for v in (B, C)]
+    if valid is not None:
+        rows = [jnp.where(valid[..., None], v, 0.0) for v in rows]
+    if reset is not None or valid is not None:
+        kept = (~reset if reset is not None else True, valid if valid is not None else True)
+        rows += [jnp.broadcast_to(v, (batch, p.time)).astype(jnp.float32)[..., None] for v in kept]
+    maps = jnp.concatenate(rows, axis=-1)
+    maps = jnp.pad(maps, ((0, 0), (0, 0), (0, -maps.shape[-1] % SUBLANES)))
+    return jnp.swapaxes(maps.reshape(batch, p.time // tokens, tokens, -1), -1, -2)
+
+
+def vectors(D, dt_bias, p: Plan) -> jax.Array:
+    """float32 [2, channels]: D and dt_bias, zeros for None."""
+    zero = jnp.zeros((p.channels,), jnp.float32)
+    rows = [zero if v is None else jnp.pad(v.astype(jnp.float32), (0, p.channels - v.shape[0])) for v in (D, dt_bias)]
+    return jnp.stack(rows)
+
+
+# ---- pieces of a kernel ---------------------------------------------------------------------------------------
+
+
+def tile_rows(j: int):
+    """Where the j-th tile of eight tokens and 128 channels lies in a group of the scratch arrays."""
+    return pl.ds(j * SUBLANES, SUBLANES)
+
+
+def token_row(r: int, tiles: int):
+    """Where all channels of the r-th token lie in a group of the scratch arrays."""
+    return pl.ds(r, tiles, stride=SUBLANES) if tiles > 1 else pl.ds(r, 1)
+
+
+def lanes(j: int):
+    """The j-th 128 channels of a block."""
+    return pl.ds(j * LANES, LANES)
+
+
+def spread(maps_ref, table) -> None:
+    """Writes table[t * rows + i] = maps[i, t] in every lane."""
+    rows, tokens = maps_ref.shape[-2:]
+    maps = maps_ref[0, 0]
+    for t in range(tokens):
+        table[pl.ds(t * rows, rows), :] = jnp.broadcast_to(maps[:, t : t + 1], (rows, LANES))
+
+
+def group_tokens(g):
+    """The eight tokens of a group in a block."""
+    return pl.ds(g * SUBLANES if isinstance(g, int) else pl.multiple_of(g * SUBLANES, SUBLANES), SUBLANES)
+
+
+def softplus(v):
+    """log(1 + exp(v)), and exp(-|v|) for its derivative."""
+    e = jnp.exp(-jnp.abs(v))
+    wide = 1.0 + e
+    return jnp.maximum(v, 0.0) + (jnp.log(wide) + (e - (wide - 1.0))), e  # the sum's rounding error put back
+
+
+def silu(v):
+    """v * sigmoid(v) through the hyperbolic tangent, which is one instruction."""
+    half = 0.5 * v
+    return half + half * jnp.tanh(half)
+
+
+def for_states(states: int, body, carry):
+    """Runs carry = body(n, carry) for every state index, some at a time."""
+    unroll = states if states <= STATES_UNROLLED else math.gcd(states, STATES_UNROLLED)
+
+    def step(i, carry):
+        for k in range(unroll):
+            carry = body(i * unroll + k, carry)
+        return carry
+
+    return step(0, carry) if unroll == states else jax.lax.fori_loop(0, states // unroll, step, carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a kernel knows when it is built."""
+
+    plan: Plan
+    states: int
+    rows: int  # of the table, per token
+    dt_softplus: bool
+    skip: bool
+    gate: bool
+    bias: bool
+    reset: bool
+    valid: bool
+
+    def map_row(self, table, token, index, shape):
+        """One entry of B (index n), C (N + n) or the flags (2 N, 2 N + 1), in every lane and sublane."""
+        return jnp.broadcast_to(table[pl.ds(token * self.rows + index, 1), :], shape)
+
+    def valid_tile(self, table, g):
+        """Which of the eight tokens of a group are valid, bool [8, 128], or None."""
+        if not self.valid:
+            return None
+        start = g * SUBLANES * self.rows + 2 * self.states + 1
+        return table[pl.ds(start, SUBLANES, stride=self.rows), :] > 0.0
+
+
+def select(mask, v):
+    """v where the mask holds and zero elsewhere; no mask holds everywhere."""
+    return v if mask is None else jnp.where(mask, v, 0.0)
+
+
+def static_of(p: Plan, maps, A, D, z, dt_bias, reset, valid, dt_softplus) -> Static:
+    """Describes a call."""
+    given = (v is not None for v in (D, z, dt_bias, reset, valid))
+    return Static(p, A.shape[1], maps.shape[-2], dt_softplus, *given)
+
+
+def bounce_shape(p: Plan, states: int) -> tuple[int, int]:
+    """Shape of the scratch array through which a state goes from one layout to another."""
+    return -(-states // SUBLANES) * p.tiles * SUBLANES, LANES
+
+
+def bounce_row(n: int, tiles: int):
+    """Where state index n lies there, for all channels of a block."""
+    return token_row(n // SUBLANES * tiles * SUBLANES + n % SUBLANES, tiles)
+
+
+def bounce_tiles(states: int, tiles: int):
+    """(rows of the bounce, states, lanes) of every tile."""
+    for n in range(0, states, SUBLANES):
+        rows = min(SUBLANES, states - n)
+        for j in range(tiles):
+            yield pl.ds((n // SUBLANES * tiles + j) * SUBLANES, rows), pl.ds(n, rows), lanes(j)
+
+
+def write_state(h_ref, d, bounce, out_ref, index, s: Static) -> None:
+    """Writes h [N, tiles, 128] to out[0, index] [N, width], through memory: stores with stride, loads without."""
+    for n in range(s.states):
+        bounce[bounce_row(n, s.plan.tiles), :] = h_ref[d, n]
+    for rows, states, columns in bounce_tiles(s.states, s.plan.tiles):
+        out_ref[0, index, states, columns] = bounce[rows, :]
+
+
+def _kernel(*refs, s: Static, carried: bool, save: bool):
+    p, tiles = s.plan, s.plan.tiles
+    refs = list(refs)
+    x_ref, dt_ref, maps_ref, A_ref, vectors_ref = (refs.pop(0) for _ in range(5))
+    z_ref = refs.pop(0) if s.gate else None
+    state_ref = refs.pop(0) if carried else None
+    y_ref, new_state_ref = refs.pop(0), refs.pop(0)
+    boundaries_ref = refs.pop(0) if save else None
+    table, steps, inputs, outputs, h_ref, *bounce = refs
+    t, d = pl.program_id(1), pl.program_id(2)
+
+    pl.when(d == 0)(lambda: spread(maps_ref, table))
+
+    @pl.when(t == 0)
+    def _():
+        h_ref[d] = jnp.zeros(h_ref.shape[1:], jnp.float32) if state_ref is None else state_ref[0, d]
+
+    def prepare(g):
+        tokens = group_tokens(g)
+        mask = s.valid_tile(table, g)
+        for j in range(tiles):
+            step = dt_ref[0, tokens, lanes(j)].astype(jnp.float32)
+            if s.bias:
+                step = step + vectors_ref[1:2, lanes(j)]
+            if s.dt_softplus:
+                step = softplus(step)[0]
+            step = select(mask, step)
+            steps[tile_rows(j), :] = step
+            inputs[tile_rows(j), :] = step * select(mask, x_ref[0, tokens, lanes(j)].astype(jnp.float32))
+
+    def recur(g, dt, u):
+        shape = (tiles, LANES)
+        entry = functools.partial(s.map_row, table, shape=shape)
+
+        def state(n, y):
+            a, h = A_ref[d, n], h_ref[d, n]
+            y = list(y)
+            for r in range(p.rows):
+                token = g * SUBLANES + r
+                if s.reset:
+                    h = jnp.where(entry(token, 2 * s.states) > 0.0, h, 0.0)
+                h = jnp.exp2(dt[r] * a) * h + u[r] * entry(token, n)
+                y[r] = y[r] + h * entry(token, s.states + n)
+            h_ref[d, n] = h
+            return tuple(y)
+
+        y = for_states(s.states, state, (jnp.zeros(shape, jnp.float32),) * p.rows)
+        for r in range(p.rows):
+            outputs[token_row(r, tiles), :] = y[r]
+
+    def finish(g):
+        tokens = group_tokens(g)
+        mask = s.valid_tile(table, g)
+        for j in range(tiles):
+            y = outputs[tile_rows(j), :]
+            if s.skip:
+                y = y + vectors_ref[0:1, lanes(j)] * x_ref[0, tokens, lanes(j)].astype(jnp.float32)
+            if z_ref is not None:
+                y = y * silu(z_ref[0, tokens, lanes(j)].astype(jnp.float32))
+            y_ref[0, tokens, lanes(j)] = select(mask, y).astype(y_ref.dtype)
+
+    # The recurrence of a group is latency enough to hide what comes before and after it: the group that follows is
+    # prepared and the one before is finished meanwhile. What is computed for a group too many is overwritten.
+    groups = p.block_chunks * p.chunk // SUBLANES
+    prepare(0)
+
+    @functools.partial(jax.lax.fori_loop, 0, groups, init_val=None)
+    def _(g, _):
+        if boundaries_ref is not None:
+            index, within = (f(g, p.chunk // SUBLANES) for f in (jax.lax.div, jax.lax.rem))
+            pl.when(within == 0)(lambda: write_state(h_ref, d, bounce[0], boundaries_ref, index, s))
+        dt, u = ([v[token_row(r, tiles), :] for r in range(p.rows)] for v in (steps, inputs))
+        finish(jnp.maximum(g - 1, 0))
+        prepare(jnp.minimum(g + 1, groups - 1))
+        recur(g, dt, u)
+
+    finish(groups - 1)
+
+    @pl.when(t == pl.num_programs(1) - 1)
+    def _():
+        new_state_ref[0, d] = h_ref[d]
+
+
+def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: bool, chunk_size: int, save: bool):
+    """Returns (y [B, T, Di], new_state [B, Di, N], boundaries), as `xla.forward` does."""
+    supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, dt_softplus=dt_softplus, chunk_size=chunk_size)
+    (batch, length, channels), states = x.shape, A.shape[1]
+    p = plan(length, channels, chunk_size)
+    tokens = p.chunk * p.block_chunks
+    reset, valid = flags(reset, valid, length, p)
+    maps = token_maps(B, C, reset, valid, p, tokens)
+    s = static_of(p, maps, A, D, z, dt_bias, reset, valid, dt_softplus)
+    by_channel = pl.BlockSpec((1, tokens, p.width), lambda b, t, d: (b, t, d))
+    whole = (p.blocks, states, p.tiles, LANES)
+    state_spec = pl.BlockSpec((1, *whole), lambda b, t, d: (b, 0, 0, 0, 0))
+    arrays: list[Any] = [
+        pad_tokens(x, p),
+        pad_tokens(dt, p),
+        maps,
+        by_state(A, p) / math.log(2),
+        vectors(D, dt_bias, p),
+    ]
+    specs = [
+        by_channel,
+        by_channel,
+        pl.BlockSpec((1, 1, s.rows, tokens), lambda b, t, d: (b, t, 0, 0)),
+        pl.BlockSpec(whole, lambda b, t, d: (0, 0, 0, 0)),
+        pl.BlockSpec((2, p.width), lambda b, t, d: (0, d)),
+    ]
+    if z is not None:
+        arrays.append(pad_tokens(z, p))
+        specs.append(by_channel)
+    if state is not None:
+        arrays.append(by_state(state, p))
+        specs.append(state_spec)
+    out_shape = [
+        jax.ShapeDtypeStruct((batch, p.time, p.channels), x.dtype),
+        jax.ShapeDtypeStruct((batch, *whole), jnp.float32),
+    ]
+    out_specs = [by_channel, state_spec]
+    group = (p.tiles * SUBLANES, LANES)
+    scratch = [pltpu.VMEM((tokens * s.rows, LANES), jnp.float32), *[pltpu.VMEM(group, jnp.float32)] * 3]
+    scratch.append(pltpu.VMEM(whole, jnp.float32))
+    if save:
+        out_shape.append(jax.ShapeDtypeStruct((batch, p.chunks, states, p.channels), jnp.float32))
+        out_specs.append(pl.BlockSpec((1, p.block_chunks, states, p.width), lambda b, t, d: (b, t, 0, d)))
+        scratch.append(pltpu.VMEM(bounce_shape(p, states), jnp.float32))
+    y, new_state, *boundaries = pl.pallas_call(
+        functools.partial(_kernel, s=s, carried=state is not None, save=save),
+        grid=(batch, p.chunks // p.block_chunks, p.blocks),
+        in_specs=specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=interpret.parameters(),
+        name="selective_scan_forward",
+    )(*arrays)
+    return (
+        y[:, :length, :channels],
+        from_by_state(new_state, channels),
+        boundaries[0][..., :channels] if save else None,
+    )
