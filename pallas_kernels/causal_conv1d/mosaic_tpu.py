@@ -11,6 +11,7 @@ computes those from windows of W - 1 tokens: their y and its gradients at the fr
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -293,8 +294,8 @@ def _bias_row(bias, channels: int):
 
 def _edge_arguments(x, state, reset, valid, start, size: int):
     """The arguments of `xla.forward` for the window of `size` tokens at `start`."""
-    x, reset, valid = (_window(v, start, size) for v in (x, reset, valid))
-    return x.astype(jnp.float32), state, reset, valid
+    x = _window(x, start, size).astype(jnp.float32)
+    return x, state, _window(reset, start, size), _window(valid, start, size)
 
 
 def forward(x, weight, bias, state, reset, valid, *, activation: str | None):
@@ -325,7 +326,9 @@ def forward(x, weight, bias, state, reset, valid, *, activation: str | None):
     return y, xla.forward(x_edge, weight, bias, *edge, activation=activation)[1]
 
 
-def _edge_gradients(x, weight, bias, state, reset, valid, dy, dstate, front, back, activation):
+def _edge_gradients(
+    x, weight, bias, state, reset, valid, dy, dstate, front, back, activation
+) -> tuple[Any, Any, Any, Any, Any]:
     """Float32 gradients of the front window's y and of the new state.
 
     Returns: dx of the front and of the back window [B, W - 1, D] (the former None without a state), dweight, dbias
@@ -337,11 +340,12 @@ def _edge_gradients(x, weight, bias, state, reset, valid, dy, dstate, front, bac
     dx_back, dcarried = jax.vjp(carry, x_edge, state)[1](dstate)
     if state is None:
         return None, dx_back, 0.0, 0.0, None
-    x_edge, *edge = _edge_arguments(x, state, reset, valid, front, width - 1)
-    cotangents = _window(dy, front, width - 1), jnp.zeros_like(state)
     weight, bias = jax.tree.map(lambda v: v.astype(jnp.float32), (weight, bias))
-    gradients = xla.backward(x_edge, weight, bias, *edge, *cotangents, activation=activation)
-    dx_front, dweight, dbias, dstate = gradients
+    x_edge, state, reset, valid = _edge_arguments(x, state, reset, valid, front, width - 1)
+    dy, no_carry = _window(dy, front, width - 1), jnp.zeros_like(state)
+    dx_front, dweight, dbias, dstate = xla.backward(
+        x_edge, weight, bias, state, reset, valid, dy, no_carry, activation=activation
+    )
     return dx_front, dx_back, dweight, dbias, dstate + dcarried
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -121,13 +121,13 @@ def _named(options) -> dict:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _linear_cross_entropy(options, implementation, x, w, labels):
-    return dispatch.run("linear_cross_entropy", FORWARD, implementation, x, w, labels, **_named(options))
+def _linear_cross_entropy(options, implementation, *arrays):
+    return dispatch.run("linear_cross_entropy", FORWARD, implementation, *arrays, **_named(options))
 
 
-def _forward(options, implementation, x, w, labels):
-    out = _linear_cross_entropy(options, implementation, x, w, labels)
-    return out, (x, w, labels, out[1])
+def _forward(options, implementation, *arrays):
+    out = _linear_cross_entropy(options, implementation, *arrays)
+    return out, (*arrays, out[1])
 
 
 def _backward(options, implementation, residuals, cotangents):

@@ -1,6 +1,7 @@
 """Argument sets of the linear scan: those of published models, and tiny ones that cover the same cases."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,10 @@ class ScanShape:
         if self.documents:
             arrays |= {name: jax.ShapeDtypeStruct(tokens, jnp.bool_) for name in ("reset", "valid")}
         return arrays
+
+    def options(self) -> dict[str, Any]:
+        """The static arguments by name: none."""
+        return {}
 
 
 MODELS = {

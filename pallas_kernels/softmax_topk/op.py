@@ -79,8 +79,8 @@ def softmax_topk(logits: jax.Array, k: int, *, implementation: str | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _softmax_topk(k, implementation, logits):
-    return _forward(k, implementation, logits)[0]
+def _softmax_topk(k, implementation, *arrays):
+    return _forward(k, implementation, *arrays)[0]
 
 
 def _forward(k, implementation, logits):

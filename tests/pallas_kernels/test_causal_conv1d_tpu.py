@@ -11,7 +11,7 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.interpret import interpret
 from tests.pallas_kernels.sequences import LAYOUTS, assert_close, check_transformations, masks
 from tests.pallas_kernels.test_causal_conv1d import draw, draw_cotangents, loop, run, run_and_pull
-from tests.pallas_kernels.tpu import compile_for, count_kernels, simulate
+from tests.pallas_kernels.tpu import compile_op, count_kernels, simulate
 
 VALUE_TOLERANCE = 1e-6  # float32, relative to the largest magnitude
 GRADIENT_TOLERANCE = 2e-6
@@ -109,7 +109,7 @@ def test_what_is_not_honoured_raises(args, words):
 @pytest.mark.parametrize("name", ["mamba_2.8b", "samba_3.8b_append"])
 def test_compiles_for_v5e(name, monkeypatch):
     monkeypatch.undo()
-    compiled = compile_for("v5e", causal_conv1d, MODELS[name])
+    compiled = compile_op("v5e", causal_conv1d, MODELS[name])
     assert count_kernels(compiled) == 2
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20  # no copy of an operand
 
@@ -119,4 +119,4 @@ def test_compiles_for_v5e(name, monkeypatch):
 def test_compiles_every_shape(kind, monkeypatch):
     monkeypatch.undo()
     for name, shape in MODELS.items():
-        assert count_kernels(compile_for(kind, causal_conv1d, shape)) == (2 if shape.time > 1 else 0), name
+        assert count_kernels(compile_op(kind, causal_conv1d, shape)) == (2 if shape.time > 1 else 0), name

@@ -15,7 +15,7 @@ from pallas_kernels.linear_scan.shapes import MODELS
 from tests.pallas_kernels import test_linear_scan
 from tests.pallas_kernels.sequences import assert_close, check_transformations, masks
 from tests.pallas_kernels.test_linear_scan import draw, draw_cotangents, loop
-from tests.pallas_kernels.tpu import compile_for, count_kernels, simulate
+from tests.pallas_kernels.tpu import compile_op, count_kernels, simulate
 
 VALUE_TOLERANCE = 2e-6  # float32, relative to the largest magnitude; tiles are summed in another order
 GRADIENT_TOLERANCE = 4e-6
@@ -134,7 +134,7 @@ def test_blocks_fit_memory_and_waste_little():
 
 @pytest.mark.parametrize("name", ["matmul_free_2.7b", "griffin_3b_packed"])
 def test_compiles_for_v5e(name):
-    compiled = compile_for("v5e", linear_scan, MODELS[name])
+    compiled = compile_op("v5e", linear_scan, MODELS[name])
     assert count_kernels(compiled) == 2
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20  # no copy of an operand
 
@@ -143,4 +143,4 @@ def test_compiles_for_v5e(name):
 @pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e"])
 def test_compiles_every_shape(kind):
     for name, shape in MODELS.items():
-        assert count_kernels(compile_for(kind, linear_scan, shape)) == (2 if shape.time > 1 else 0), name
+        assert count_kernels(compile_op(kind, linear_scan, shape)) == (2 if shape.time > 1 else 0), name

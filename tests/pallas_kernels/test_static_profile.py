@@ -16,7 +16,7 @@ from pallas_kernels.static_profile import __main__ as command
 from pallas_kernels.static_profile import floors, goldens, profile, programs, schedule, trace
 from pallas_kernels.static_profile.chips import CHIPS
 from tests.pallas_kernels import known_kernels
-from tests.pallas_kernels.tpu_compile import compile_for
+from tests.pallas_kernels.tpu import compile_function
 
 V5E = CHIPS["v5e"]
 SPLASH = {"time": 8192, "heads": 8, "width": 128}
@@ -318,13 +318,13 @@ def test_backward_program_is_the_gradient():
 
 def test_compile_for():
     function, arguments = known_kernels.loop(2, 3)
-    compiled = compile_for("v5e", function, *arguments)
+    compiled = compile_function("v5e", function, *arguments)
     assert compiled.memory_analysis().argument_size_in_bytes == 2 * 8 * 128 * 4
     assert "tpu_custom_call" in compiled.as_text()
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        compile_for("v5e:2x4", *_unpack(known_kernels.too_large()))
+        compile_function("v5e:2x4", *_unpack(known_kernels.too_large()))
     with pytest.raises(ValueError, match="must be one of"):
-        compile_for("v5e-8", jnp.sin, jax.ShapeDtypeStruct((8,), jnp.float32))
+        compile_function("v5e-8", jnp.sin, jax.ShapeDtypeStruct((8,), jnp.float32))
 
 
 def _unpack(program):

@@ -2,14 +2,15 @@
 
 import contextlib
 import importlib
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.interpret import interpret
-
-TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
+from pallas_kernels.static_profile import chips
 
 
 @contextlib.contextmanager
@@ -22,30 +23,40 @@ def simulate():
     assert not module.races.races_found
 
 
-def compile_for(kind: str, op, shape):
-    """Compiles outputs and gradients of `op` at an entry of its shapes.py with the TPU kernels; needs libtpu."""
+def compile_function(topology: str, fn: Any, *abstract_args: Any) -> Any:
+    """Compiles `jax.jit(fn)` to machine code for one device of a TPU topology, in this process.
+
+    Args:
+      topology: "v5e", "v5p", "v6e", or a full name such as "v5e:2x4".
+      fn: the function, jitted or not.
+      *abstract_args: trees of `jax.ShapeDtypeStruct` (or arrays, of which only shape and dtype count).
+
+    Returns:
+      The compiled function; `memory_analysis()` and `as_text()` work on it, running it does not.
+      The test is skipped when libtpu is not installed, and for no other reason.
+    """
     pytest.importorskip("libtpu")
-    from launch.compile import topology_devices
+    sharding = jax.sharding.SingleDeviceSharding(chips.device(topology))
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_args)
+    return jax.jit(fn).lower(*args).compile()
 
-    sharding = jax.sharding.SingleDeviceSharding(topology_devices(TOPOLOGIES[kind])[0])
 
-    def place(tree):
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+def compile_op(topology: str, op: Any, shape: Any) -> Any:
+    """Compiles outputs and gradients of `op` at an entry of its shapes.py with the TPU kernels."""
+    arrays = shape.arrays()
+    floats = {name: a for name, a in arrays.items() if a is not None and jnp.issubdtype(a.dtype, jnp.floating)}
+    others = {name: a for name, a in arrays.items() if name not in floats}
 
-    options = shape.options() if hasattr(shape, "options") else {}
-    masks = {name: a for name, a in shape.arrays().items() if a.dtype == bool}
-    floats = {name: a for name, a in shape.arrays().items() if name not in masks}
+    def run(floats, others):
+        return op(**floats, **others, **shape.options(), implementation="mosaic_tpu")
 
-    def run(floats, masks):
-        return op(**floats, **masks, **options, implementation="mosaic_tpu")
-
-    def step(floats, masks, cotangents):
-        out, pullback = jax.vjp(lambda f: run(f, masks), floats)
+    def step(floats, others, cotangents):
+        out, pullback = jax.vjp(lambda f: run(f, others), floats)
         return out, pullback(cotangents)[0]
 
-    cotangents = jax.eval_shape(run, floats, masks)
-    return jax.jit(step).lower(*place((floats, masks, cotangents))).compile()
+    return compile_function(topology, step, floats, others, jax.eval_shape(run, floats, others))
 
 
-def count_kernels(compiled) -> int:
+def count_kernels(compiled: Any) -> int:
+    """Number of Pallas kernels in a compiled program."""
     return compiled.as_text().count('custom_call_target="tpu_custom_call"')
