@@ -316,7 +316,7 @@ def test_backward_program_is_the_gradient():
     assert {name: g.shape for (name, g) in gradients[0].items()} == {name: a.shape for name, a in arrays.items()}
 
 
-def test_compile_for():
+def test_compile_function():
     function, arguments = known_kernels.loop(2, 3)
     compiled = compile_function("v5e", function, *arguments)
     assert compiled.memory_analysis().argument_size_in_bytes == 2 * 8 * 128 * 4
