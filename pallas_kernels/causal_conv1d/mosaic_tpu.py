@@ -59,7 +59,7 @@ def _edges(valid, length: int, width: int):
     return jnp.minimum(first, last_start), jnp.clip(last - (width - 2), 0, last_start)
 
 
-def _window(array, start, size: int):
+def _window(array, start, size: int) -> Any:
     """array [B, T, ...] -> [B, size, ...] from `start` on; None stays None."""
     if array is None:
         return None

@@ -95,7 +95,7 @@ def linear_cross_entropy(
     if implementation == "reference":
         return TokenStatistics(*reference.forward(x, w, labels, **_named(options)))
     chunk = min(chunk_size or DEFAULT_CHUNK_SIZE, w.shape[0 if transposed else 1])
-    return TokenStatistics(*_linear_cross_entropy((*options, chunk), implementation, x, w, labels))
+    return _linear_cross_entropy((*options, chunk), implementation, x, w, labels)
 
 
 def _is_finite_number(value) -> bool:
@@ -122,12 +122,13 @@ def _named(options) -> dict:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear_cross_entropy(options, implementation, *arrays):
-    return dispatch.run("linear_cross_entropy", FORWARD, implementation, *arrays, **_named(options))
+    return _forward(options, implementation, *arrays)[0]
 
 
 def _forward(options, implementation, *arrays):
-    out = _linear_cross_entropy(options, implementation, *arrays)
-    return out, (*arrays, out[1])
+    out = dispatch.run("linear_cross_entropy", FORWARD, implementation, *arrays, **_named(options))
+    out = TokenStatistics(*out)
+    return out, (*arrays, out.lse)
 
 
 def _backward(options, implementation, residuals, cotangents):

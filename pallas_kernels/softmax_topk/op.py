@@ -75,7 +75,7 @@ def softmax_topk(logits: jax.Array, k: int, *, implementation: str | None = None
         )
     if implementation == "reference":
         return SoftmaxTopK(*reference.forward(logits, k=k))
-    return SoftmaxTopK(*_softmax_topk(k, implementation, logits))
+    return _softmax_topk(k, implementation, logits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -93,7 +93,7 @@ def _forward(k, implementation, logits):
     # A row without mass would give exp(-inf - (-inf)) / 0; its probabilities are 0.
     massless = (total == 0)[:, None]
     probabilities = jnp.where(massless, 0.0, jnp.exp(values - maximum) / jnp.where(massless, 1.0, total[:, None]))
-    return (lse, values, indices, probabilities), (logits, total, maximum, indices, probabilities)
+    return SoftmaxTopK(lse, values, indices, probabilities), (logits, total, maximum, indices, probabilities)
 
 
 def _backward(k, implementation, residuals, cotangents):
