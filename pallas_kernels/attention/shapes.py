@@ -56,7 +56,11 @@ MODELS = {
     "samba_1.7b_decode": AttentionShape(16, 1, 32, 4, 64, 64, window=2048, keys=2048),
     "samba_1.7b_append": AttentionShape(1, 512, 32, 4, 64, 64, window=2048, keys=2048),
     "llama3_8b_decode": AttentionShape(16, 1, 32, 8, 128, 128, keys=8192),
+    "window_8k": AttentionShape(1, 8192, 8, 8, 128, 128, window=2048),  # the two that splash attention is counted at
+    "causal_8k": AttentionShape(1, 8192, 8, 8, 128, 128),
 }
+
+PROFILE = ("window_8k", "causal_8k")
 
 TINY = {
     "one_token": AttentionShape(2, 1, 2, 2, 8, 8, dtype=jnp.float32),

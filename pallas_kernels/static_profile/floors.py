@@ -57,10 +57,34 @@ def causal_conv1d(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     return _bounds(chip, vpu=passes * 2 * shape.width * elements, eup=elements, hbm=_traffic(shape, backward, ("x",)))
 
 
+def linear_scan(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """Reads a and b and writes h once; one product and one sum per element.
+
+    The backward pass reads a, h and dh and writes da and db; it runs the adjoint recurrence and multiplies da out.
+    """
+    elements = shape.batch * shape.time * shape.channels
+    traffic = _traffic(shape, False, ("a",))
+    if backward:
+        traffic += 2 * elements * jnp.dtype(shape.dtype).itemsize  # h stands for b, dh for the result; da, db more
+    return _bounds(chip, vpu=(3 if backward else 2) * elements, hbm=traffic)
+
+
+def softmax_topk(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """One read of the logits; per element a running maximum, a difference, an exponential and a sum.
+
+    The backward pass reads the logits once more and writes their gradient: a difference, exponential and product.
+    """
+    elements = shape.rows * shape.columns
+    traffic = elements * jnp.dtype(shape.dtype).itemsize * (2 if backward else 1)
+    return _bounds(chip, vpu=(2 if backward else 3) * elements, eup=elements, hbm=traffic)
+
+
 FLOORS: Mapping[str, Callable[..., Floor]] = {
     "selective_scan": selective_scan,
     "attention": attention,
     "causal_conv1d": causal_conv1d,
+    "linear_scan": linear_scan,
+    "softmax_topk": softmax_topk,
 }
 
 
