@@ -1,11 +1,12 @@
 """The attention op: arguments checked at the door, forward and backward each by the best implementation."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.attention import mosaic_tpu, mosaic_tpu_backward, reference, xla
 
 FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
@@ -13,6 +14,11 @@ BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
 FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
 BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
+
+# How a mesh divides the op (see `partition.run`).
+AXES = {"B": "batch", "H": "heads", "G": "heads"}
+ARGUMENTS = ("B T H K", "B S G K", "B S G V", "B T", "B S", "B T", "B S")
+RESULTS = ("B T H V", "B T H")
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_WINDOW = 2**31 - 1
@@ -24,9 +30,10 @@ class _Static(NamedTuple):
     soft_cap: float | None
     implementation: str | None
 
-    def run(self, op, available, supports, *arrays) -> Any:
+    def run(self, op, available, supports, arrays, dims, results) -> Any:
         options = {"window": self.window, "scale": self.scale, "soft_cap": self.soft_cap}
-        return dispatch.run(op, available, self.implementation, *arrays, supports=supports, **options)
+        call = functools.partial(dispatch.run, op, available, self.implementation, supports=supports, **options)
+        return partition.run(op, call, arrays, dims, results, AXES)
 
 
 def attention(
@@ -88,6 +95,7 @@ def attention(
             f"S={k.shape[1]}; pass q_positions [B, T] and kv_positions [B, S]"
         )
     window, scale, soft_cap = _check_options(q, window, scale, soft_cap)
+    k, v = partition.spread_groups(q.shape[2], k, v)
     arrays = (q, k, v, q_positions, kv_positions, q_documents, kv_documents)
     if implementation == "reference":
         y, lse = reference.attend(*arrays, window=window, scale=scale, soft_cap=soft_cap)
@@ -132,7 +140,7 @@ def merge(y1: jax.Array, lse1: jax.Array, y2: jax.Array, lse2: jax.Array) -> tup
 
 
 def _run_forward(static: _Static, *arrays) -> tuple[jax.Array, jax.Array]:
-    return static.run("attention", FORWARD, FORWARD_SUPPORTS, *arrays)
+    return static.run("attention", FORWARD, FORWARD_SUPPORTS, arrays, ARGUMENTS, RESULTS)
 
 
 _attention = jax.custom_vjp(_run_forward, nondiff_argnums=(0,))
@@ -145,7 +153,8 @@ def _attention_fwd(static, *arrays):
 
 def _attention_bwd(static, residuals, cotangents):
     arrays, y, lse = residuals
-    grads = static.run("attention backward", BACKWARD, BACKWARD_SUPPORTS, *arrays, y, lse, *cotangents)
+    operands, dims = (*arrays, y, lse, *cotangents), (*ARGUMENTS, *RESULTS, *RESULTS)
+    grads = static.run("attention backward", BACKWARD, BACKWARD_SUPPORTS, operands, dims, ARGUMENTS[:3])
     return (*grads, None, None, None, None)
 
 

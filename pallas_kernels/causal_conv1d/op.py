@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
 from pallas_kernels.causal_conv1d import mosaic_tpu, reference, xla
 
@@ -16,6 +16,11 @@ BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu.backward}
 FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_forward}
 BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_backward}
 NAMES = ("reference", *FORWARD)
+
+# How a mesh divides the op (see `partition.run`).
+AXES = {"B": "batch", "D": "inner"}
+ARGUMENTS = ("B T D", "W D", "D", "B W-1 D", "B T", "B T")
+RESULTS = ("B T D", "B W-1 D")
 
 
 def causal_conv1d(
@@ -96,7 +101,8 @@ def _check(x, weight, bias, state, reset, valid) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _causal_conv1d(activation, implementation, *arrays):
     static = {"supports": FORWARD_SUPPORTS, "activation": activation}
-    return dispatch.run("causal_conv1d", FORWARD, implementation, *arrays, **static)
+    call = functools.partial(dispatch.run, "causal_conv1d", FORWARD, implementation, **static)
+    return partition.run("causal_conv1d", call, arrays, ARGUMENTS, RESULTS, AXES)
 
 
 def _forward(activation, implementation, *arrays):
@@ -105,7 +111,9 @@ def _forward(activation, implementation, *arrays):
 
 def _backward(activation, implementation, arrays, cotangents):
     static = {"supports": BACKWARD_SUPPORTS, "activation": activation}
-    gradients = dispatch.run("causal_conv1d", BACKWARD, implementation, *arrays, *cotangents, **static)
+    call = functools.partial(dispatch.run, "causal_conv1d", BACKWARD, implementation, **static)
+    operands, dims = (*arrays, *cotangents), (*ARGUMENTS, *RESULTS)
+    gradients = partition.run("causal_conv1d", call, operands, dims, ARGUMENTS[:4], AXES)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
 from pallas_kernels.gated_linear_attention import reference, xla
 
@@ -19,6 +19,12 @@ BACKWARD = {"xla": xla.backward}
 FORWARD_SUPPORTS: dict[str, Any] = {}
 BACKWARD_SUPPORTS: dict[str, Any] = {}
 NAMES = ("reference", *FORWARD)
+
+# How a mesh divides the op (see `partition.run`).
+AXES = {"B": "batch", "H": "heads", "G": "heads"}
+DECAYS = {1: "H", 3: "B T H", 4: "B T G K"}
+RESULTS = ("B T H V", "B H K V")
+BOUNDARIES = "B C H K V"
 
 
 def gated_linear_attention(
@@ -78,6 +84,10 @@ def gated_linear_attention(
     scale = _check_scale(scale, q.shape[-1])
     if reset is not None and valid is not None:
         reset = reset & valid
+    if log_decay is not None and log_decay.ndim == 4:
+        q, k, log_decay = partition.spread_groups(v.shape[2], q, k, log_decay)
+    else:
+        q, k = partition.spread_groups(v.shape[2], q, k)
     arrays = (q, k, v, log_decay, state, reset, valid)
     if implementation == "reference":
         return reference.forward(*arrays, scale=scale)
@@ -100,7 +110,7 @@ def _check(q, k, v, log_decay, state, reset, valid) -> None:
         raise ValueError(
             f"gated_linear_attention: the G={sizes['G']} groups of q and k must divide the H={sizes['H']} heads of v"
         )
-    dims = {1: "H", 3: "B T H", 4: "B T G K"}.get(getattr(log_decay, "ndim", 0), "")
+    dims = DECAYS.get(getattr(log_decay, "ndim", 0), "")
     if log_decay is not None and not dims:
         raise ValueError(
             "gated_linear_attention: log_decay must be None or an array [H], [B, T, H] or [B, T, G, K], "
@@ -127,9 +137,15 @@ def _gated_linear_attention(scale, chunk_size, implementation, *arrays):
 
 
 def _run_forward(scale, chunk_size, implementation, arrays, *, save: bool):
-    static = {"scale": scale, "chunk_size": chunk_size, "save": save}
-    op = "gated_linear_attention"
-    return dispatch.run(op, FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
+    op, static = "gated_linear_attention", {"scale": scale, "chunk_size": chunk_size, "save": save}
+    call = functools.partial(dispatch.run, op, FORWARD, implementation, supports=FORWARD_SUPPORTS, **static)
+    return partition.run(op, call, arrays, _arguments(arrays), (*RESULTS, BOUNDARIES), AXES)
+
+
+def _arguments(arrays) -> tuple[str, ...]:
+    log_decay = arrays[3]
+    decay = "" if log_decay is None else DECAYS[log_decay.ndim]
+    return ("B T G K", "B T G K", "B T H V", decay, "B H K V", "B T", "B T")
 
 
 def _forward(scale, chunk_size, implementation, *arrays):
@@ -139,9 +155,10 @@ def _forward(scale, chunk_size, implementation, *arrays):
 
 def _backward(scale, chunk_size, implementation, residuals, cotangents):
     arrays, boundaries = residuals
-    static = {"scale": scale, "chunk_size": chunk_size}
-    op, operands = "gated_linear_attention", (*arrays, boundaries, *cotangents)
-    gradients = dispatch.run(op, BACKWARD, implementation, *operands, supports=BACKWARD_SUPPORTS, **static)
+    op, static, arguments = "gated_linear_attention", {"scale": scale, "chunk_size": chunk_size}, _arguments(arrays)
+    call = functools.partial(dispatch.run, op, BACKWARD, implementation, supports=BACKWARD_SUPPORTS, **static)
+    operands, dims = (*arrays, boundaries, *cotangents), (*arguments, BOUNDARIES, *RESULTS)
+    gradients = partition.run(op, call, operands, dims, arguments[:5], AXES)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
 from pallas_kernels.linear_scan import mosaic_tpu, reference, xla
 
@@ -15,6 +15,12 @@ BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu.backward}
 FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_forward}
 BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_backward}
 NAMES = ("reference", *FORWARD)
+
+# How a mesh divides the op (see `partition.run`).
+AXES = {"B": "batch", "D": "inner"}
+ARGUMENTS = ("B T D", "B T D", "B D", "B T", "B T")
+RESULTS = ("B T D", "B D")
+BOUNDARIES = "B C D"
 
 
 def linear_scan(
@@ -81,8 +87,9 @@ def _check(a, b, state, reset, valid) -> None:
 
 
 def _run_forward(chunk_size, implementation, arrays, *, save):
-    static = {"chunk_size": chunk_size, "save": save}
-    return dispatch.run("linear_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
+    static = {"supports": FORWARD_SUPPORTS, "chunk_size": chunk_size, "save": save}
+    call = functools.partial(dispatch.run, "linear_scan", FORWARD, implementation, **static)
+    return partition.run("linear_scan", call, arrays, ARGUMENTS, (*RESULTS, BOUNDARIES), AXES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -97,10 +104,10 @@ def _forward(chunk_size, implementation, *arrays):
 
 def _backward(chunk_size, implementation, residuals, cotangents):
     arrays, boundaries = residuals
-    operands = (*arrays, boundaries, *cotangents)
-    gradients = dispatch.run(
-        "linear_scan", BACKWARD, implementation, *operands, supports=BACKWARD_SUPPORTS, chunk_size=chunk_size
-    )
+    operands, dims = (*arrays, boundaries, *cotangents), (*ARGUMENTS, BOUNDARIES, *RESULTS)
+    static = {"supports": BACKWARD_SUPPORTS, "chunk_size": chunk_size}
+    call = functools.partial(dispatch.run, "linear_scan", BACKWARD, implementation, **static)
+    gradients = partition.run("linear_scan", call, operands, dims, ARGUMENTS[:3], AXES)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

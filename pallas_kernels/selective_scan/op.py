@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
 from pallas_kernels.selective_scan import mosaic_tpu, mosaic_tpu_backward, reference, xla
 
@@ -15,6 +15,12 @@ FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports}
 BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
 BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports}
 NAMES = ("reference", *FORWARD)
+
+# How a mesh divides the op (see `partition.run`).
+AXES = {"B": "batch", "Di": "inner"}
+ARGUMENTS = ("B T Di", "B T Di", "Di N", "B T N", "B T N", "Di", "B T Di", "Di", "B Di N", "B T", "B T")
+RESULTS = ("B T Di", "B Di N")
+BOUNDARIES = "B C N Di"
 
 
 def selective_scan(
@@ -103,28 +109,30 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, reset, valid) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _selective_scan(dt_softplus, chunk_size, implementation, *arrays):
-    static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": False}
-    y, new_state, _ = dispatch.run(
-        "selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static
+    return _run_forward(dt_softplus, chunk_size, implementation, arrays, save=False)[:2]
+
+
+def _run_forward(dt_softplus, chunk_size, implementation, arrays, *, save):
+    static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": save}
+    call = functools.partial(
+        dispatch.run, "selective_scan", FORWARD, implementation, supports=FORWARD_SUPPORTS, **static
     )
-    return y, new_state
+    return partition.run("selective_scan", call, arrays, ARGUMENTS, (*RESULTS, BOUNDARIES), AXES)
 
 
 def _forward(dt_softplus, chunk_size, implementation, *arrays):
-    static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size, "save": True}
-    y, new_state, boundaries = dispatch.run(
-        "selective_scan", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static
-    )
+    y, new_state, boundaries = _run_forward(dt_softplus, chunk_size, implementation, arrays, save=True)
     return (y, new_state), (arrays, boundaries)
 
 
 def _backward(dt_softplus, chunk_size, implementation, residuals, cotangents):
     arrays, boundaries = residuals
     static = {"dt_softplus": dt_softplus, "chunk_size": chunk_size}
-    arguments = (*arrays, boundaries, *cotangents)
-    gradients = dispatch.run(
-        "selective_scan", BACKWARD, implementation, *arguments, supports=BACKWARD_SUPPORTS, **static
+    operands, dims = (*arrays, boundaries, *cotangents), (*ARGUMENTS, BOUNDARIES, *RESULTS)
+    call = functools.partial(
+        dispatch.run, "selective_scan", BACKWARD, implementation, supports=BACKWARD_SUPPORTS, **static
     )
+    gradients = partition.run("selective_scan", call, operands, dims, ARGUMENTS[:9], AXES)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

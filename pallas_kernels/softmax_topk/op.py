@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
 from pallas_kernels.softmax_topk import mosaic_tpu, reference, xla
 
@@ -85,8 +85,10 @@ def _softmax_topk(k, implementation, *arrays):
 
 def _forward(k, implementation, logits):
     # total is relative to the largest logit: exp(values - lse) would lose the digits that lse has not.
-    total, values, indices = dispatch.run(
-        "softmax_topk", FORWARD, implementation, logits, supports=FORWARD_SUPPORTS, k=k
+    call = functools.partial(dispatch.run, "softmax_topk", FORWARD, implementation, supports=FORWARD_SUPPORTS, k=k)
+    # A vocabulary in parts is left to the partitioner, which does not gather it.
+    total, values, indices = partition.run(
+        "softmax_topk", call, (logits,), ("N Z",), ("N", "N k", "N k"), {"N": "batch"}, whole=("vocab",)
     )
     maximum = values[:, :1]
     lse = maximum[:, 0] + jnp.log(total)

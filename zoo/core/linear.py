@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from zoo.core.sharding import is_split
+from zoo.core.sharding import ways
 
 
 @runtime_checkable
@@ -40,7 +40,7 @@ def linear(x: jax.Array, w: Any, eqn: str) -> jax.Array:
     if isinstance(w, Weight):
         return w.contract(x, eqn)
     w = w.astype(x.dtype)
-    if eqn.startswith("bt") and "->bt" in eqn and not is_split("time"):
+    if eqn.startswith("bt") and "->bt" in eqn and ways("time") == 1:
         # As rows of one matrix: XLA's CPU backend copies both operands of a weight gradient that sums over two axes.
         y = jnp.einsum(eqn.replace("bt", "n"), x.reshape(-1, *x.shape[2:]), w)
         return y.reshape(*x.shape[:2], *y.shape[1:])
