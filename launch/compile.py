@@ -22,6 +22,7 @@ from launch import config as config_lib
 from launch import mesh as mesh_lib
 from launch import run as run_lib
 from launch.config import ConfigError
+from pallas_kernels.static_profile import chips
 from zoo.core.params import count
 
 # Bytes of memory of one jax device, from the vendor's documentation. v7x counts two devices per chip.
@@ -97,18 +98,10 @@ def topology_devices(name: str) -> list[Any]:
     """
     if not re.fullmatch(rf"({'|'.join(HBM)}):\d+x\d+(x\d+)?", name):
         raise ConfigError(f"config.topology={name!r} must look like v5e:16x16 or v5p:8x8x8; kinds: {', '.join(HBM)}")
-    # libtpu looks for a metadata server and takes a lock unless it is told that it is alone.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
-    for key, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
-        os.environ.setdefault(key, value)
-    from jax.experimental import topologies
-
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except Exception as error:
-        raise ConfigError(
-            f"libtpu gives no topology {name!r} ({str(error).splitlines()[0]}); it comes with pip install -e '.[dev]'"
-        ) from error
+        return chips.devices(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def memory(compiled: Any) -> dict[str, int]:

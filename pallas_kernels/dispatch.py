@@ -5,8 +5,8 @@ every platform), `mosaic_tpu` and `mosaic_gpu` (Pallas kernels). A named impleme
 `UnsupportedError`; `None` takes, for each platform that is being lowered for, the first entry of `PRIORITY` that the
 op has and that supports the call. Nothing falls back silently.
 
-A Pallas kernel runs on one device's arrays: under a mesh that the partitioner splits arrays over, `None` passes it by
-and its name raises; inside `jax.shard_map` it serves.
+A Pallas kernel runs on one device's arrays: `partition.run` wraps an op in `jax.shard_map` where a mesh and rules are
+in use. Under a mesh without them, over which the partitioner splits arrays, `None` passes it by and its name raises.
 """
 
 import difflib
@@ -91,7 +91,7 @@ def _check_support(op, name, supports, args, static) -> None:
         if split:
             raise UnsupportedError(
                 f"{op}: {name} runs on the arrays of one device, and a mesh with the axes {split} is in use; "
-                "call it inside jax.shard_map, or take implementation='xla'"
+                "state the rules with zoo.core.sharding.use, call it inside jax.shard_map, or take implementation='xla'"
             )
     if name in supports:
         supports[name](*args, **static)

@@ -103,12 +103,12 @@ def run(
       ValueError: a size is not divisible by the devices its axis is split over.
     """
     current = active()
-    if current is None or any(ways(axis) > 1 for axis in whole) or jax.sharding.get_abstract_mesh().manual_axes:
+    if current is None or current[0].size == 1 or any(ways(axis) > 1 for axis in whole):
+        return call(*arrays)
+    if jax.sharding.get_abstract_mesh().manual_axes:
         return call(*arrays)
     split = _assign(op, arrays, dims, axes, *current)
     used = {name for names in split.values() for name in names}
-    if not used:
-        return call(*arrays)
 
     def spec(names: str) -> PartitionSpec:
         return PartitionSpec(*(split.get(name) for name in names.split()))

@@ -57,14 +57,14 @@ ENVIRONMENT = {
 }
 
 
-def device(topology: str) -> Any:
-    """One device of a TPU topology, to compile for.
+def devices(topology: str) -> list[Any]:
+    """The devices of a TPU topology, to compile for.
 
     Args:
       topology: a name of `CHIPS`, or a full one such as "v5e:2x4".
 
     Returns:
-      The topology's first device.
+      The topology's devices.
 
     Raises:
       ValueError: the name has another form, or libtpu is missing or knows no such topology.
@@ -77,7 +77,7 @@ def device(topology: str) -> Any:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:
         raise ValueError(
             f"libtpu gives no topology {name!r} ({str(error).splitlines()[0]}); it comes with pip install -e '.[dev]'"

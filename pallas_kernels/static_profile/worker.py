@@ -28,7 +28,7 @@ def main(path: str) -> None:
     """
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     job = json.loads(pathlib.Path(path).read_text())
-    sharding = SingleDeviceSharding(chips.device(job["topology"]))
+    sharding = SingleDeviceSharding(chips.devices(job["topology"])[0])
     dumps = pathlib.Path(job["dumps"])
     outcomes = []
     for index, request in enumerate(job["requests"]):

@@ -36,7 +36,7 @@ def compile_function(topology: str, fn: Any, *abstract_args: Any) -> Any:
       The test is skipped when libtpu is not installed, and for no other reason.
     """
     pytest.importorskip("libtpu")
-    sharding = jax.sharding.SingleDeviceSharding(chips.device(topology))
+    sharding = jax.sharding.SingleDeviceSharding(chips.devices(topology)[0])
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract_args)
     return jax.jit(fn).lower(*args).compile()
 
