@@ -1,0 +1,111 @@
+"""Writes the tables of docs/kernels.md: python docs/kernels.py. A test keeps them true."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import IMPLEMENTATIONS, UnsupportedError
+from pallas_kernels.static_profile import floors, programs
+from pallas_kernels.static_profile.chips import CHIPS
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "kernels.md"
+GOLDEN = ROOT / "tests" / "goldens" / "static_profile.json"
+MARKERS = {
+    "support": ("<!-- support: python docs/kernels.py -->", "<!-- end of support -->"),
+    "cost": ("<!-- cost: python docs/kernels.py -->", "<!-- end of cost -->"),
+}
+
+
+def cases(op: str):
+    """The calls that the table of an op tells of: its tiny shapes, and the first of them in float16."""
+    tiny = importlib.import_module(f"pallas_kernels.{op}.shapes").TINY
+    first = next(iter(tiny.values()))
+    if any(field.name == "dtype" for field in dataclasses.fields(first)):
+        tiny = {**tiny, "float16": dataclasses.replace(first, dtype=jnp.float16)}
+    return tiny
+
+
+def refusals(op: str, shape, implementation: str) -> dict[str, str]:
+    """Direction -> why an implementation does not serve a call; nothing is run or compiled."""
+    function = getattr(importlib.import_module(f"pallas_kernels.{op}.op"), op)
+    arrays = shape.arrays()
+    floating = {name: a for name, a in arrays.items() if a is not None and jnp.issubdtype(a.dtype, jnp.floating)}
+    others = {name: a for name, a in arrays.items() if name not in floating}
+
+    def forward(floating, others):
+        return function(**floating, **others, **shape.options(), implementation=implementation)
+
+    def backward(floating, others):
+        results, pullback = jax.vjp(lambda floating: forward(floating, others), floating)
+        return pullback(jax.tree.map(jnp.zeros_like, results))
+
+    found = {}
+    for direction, call in (("forward", forward), ("gradient", backward)):
+        try:
+            jax.eval_shape(call, floating, others)
+        except UnsupportedError as error:
+            found[direction] = str(error).partition(": ")[2] or str(error)
+    return found
+
+
+def support_table() -> str:
+    """A Markdown table: which implementation serves which call of which op, and why not where it does not."""
+    names = [name for name in IMPLEMENTATIONS if name != "reference"]
+    lines = ["| op | call | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for op in programs.ops():
+        for case, shape in cases(op).items():
+            cells = []
+            for name in names:
+                if name not in programs.implementations(op, "forward"):
+                    cells.append("-")
+                    continue
+                found = refusals(op, shape, name)
+                reasons = {reason: [d for d in found if found[d] == reason] for reason in found.values()}
+                cells.append("; ".join(f"no {' or '.join(d)}: {r}" for r, d in reasons.items()) or "yes")
+            lines.append(f"| `{op}` | {case.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cost_table() -> str:
+    """A Markdown table of the counted kernels: cycles and bytes of the final schedule, and the floor of the pass."""
+    golden = json.loads(GOLDEN.read_text())
+    chip = CHIPS[golden["chip"]]
+    passes: dict[tuple[str, str, str], list[dict]] = {}
+    for name, row in golden["kernels"].items():
+        passes.setdefault(tuple(name.split("/")[:3]), []).append(row)
+    lines = [
+        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (op, shape, direction), rows in passes.items():
+        cycles = [row["cycles"] for row in rows]
+        least = sum(row["cycles_at_least"] for row in rows)
+        counted = f"{least:,}" if None not in cycles else f"at least {least:,}"
+        size = sum(row["bytes"] for row in rows)
+        bound, ratio = ("", ""), ""
+        if op in floors.FLOORS:
+            floor = floors.FLOORS[op](programs.entry(op, shape), chip, direction == "backward")
+            unit = max(floor, key=lambda unit: floor[unit])
+            bound = f"{floor[unit]:,.0f}", unit
+            ratio = f"{max(least, chip.hbm_cycles(size)) / floor[unit]:.2f}"
+        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def updated(text: str) -> str:
+    """The page with fresh tables between the markers."""
+    for name, table in (("support", support_table()), ("cost", cost_table())):
+        start, end = MARKERS[name]
+        before, rest = text.split(start)
+        text = f"{before}{start}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text()))
