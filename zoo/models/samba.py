@@ -90,6 +90,7 @@ def samba(
 
 
 _CITATION = "arXiv:2406.07522, section 3 and the released configurations"
+_UNRELEASED = "arXiv:2406.07522, its text alone: no configuration of this size was released"
 
 preset(
     "samba-tiny",
@@ -128,7 +129,7 @@ preset(
 preset(
     "samba-1.7b",
     "samba",
-    citation=_CITATION,
+    citation=_UNRELEASED,
     vocab_size=32064,
     width=2048,
     layers=24,
@@ -139,7 +140,7 @@ preset(
 preset(
     "samba-3.8b",
     "samba",
-    citation=_CITATION,
+    citation=_UNRELEASED,
     vocab_size=32064,
     width=2816,
     layers=32,
