@@ -57,10 +57,23 @@ def causal_conv1d(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     return _bounds(chip, vpu=passes * 2 * shape.width * elements, eup=elements, hbm=_traffic(shape, backward, ("x",)))
 
 
+def ternary_matmul(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """Multiplies M x K int8 by K x N weights at the int8 rate; two bits per weight, x, scales and result through memory.
+
+    Unpacking is not counted: an implementation may spread it over as many rows as it holds.
+    """
+    if backward:
+        raise ValueError("ternary_matmul has no backward pass of its own")
+    result = shape.rows * shape.outputs * (jnp.dtype(shape.dtype).itemsize if shape.scaled else 4)
+    products = 2 * shape.rows * shape.inputs * shape.outputs
+    return _bounds(chip, mxu=products / 2, hbm=_traffic(shape, backward, ()) + result)
+
+
 FLOORS: Mapping[str, Callable[..., Floor]] = {
     "selective_scan": selective_scan,
     "attention": attention,
     "causal_conv1d": causal_conv1d,
+    "ternary_matmul": ternary_matmul,
 }
 
 
