@@ -58,9 +58,9 @@ def causal_conv1d(shape: Any, chip: Chip, backward: bool = False) -> Floor:
 
 
 def ternary_matmul(shape: Any, chip: Chip, backward: bool = False) -> Floor:
-    """Multiplies M x K int8 by K x N weights at the int8 rate; two bits per weight, x, scales and result through memory.
+    """M x K x N products at the int8 rate; weights of two bits, activations, scales and result once through memory.
 
-    Unpacking is not counted: an implementation may spread it over as many rows as it holds.
+    Unpacking is not counted: an implementation may do it in as many ways as there are units.
     """
     if backward:
         raise ValueError("ternary_matmul has no backward pass of its own")

@@ -5,12 +5,11 @@ four codes of a byte are weights 32 rows apart, so that one register of bytes be
 registers: the 128 x 128 tile of weights that the matrix unit takes next. The other layouts would shuffle lanes or
 transpose in every call; `packing.repack` does it once.
 
-A few rows (decoding) are bound by the bytes of the weights: one kernel unpacks in registers on the way to the matrix
-unit. Many rows are bound by the matrix unit: the grid runs over blocks of outputs in parallel and over blocks of rows in
-order, the first block of rows unpacks the weights of its outputs into VMEM, all of K, and the others reuse them.
+Decoding is bound by the bytes of the weights: where one block holds all rows, weights are unpacked in registers on the
+way to the matrix unit. Prefilling is bound by the matrix unit: the grid runs over blocks of outputs in parallel and
+over blocks of rows in order, the first block of rows unpacks the weights of its outputs into VMEM, all of K, and the
+others reuse them.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,14 @@ from pallas_kernels.tiles import LANES, VMEM_BYTES
 
 LAYOUT = "i2_s_columns"
 DTYPES = ("int32", "float32", "bfloat16")
-FEW_ROWS = 32  # whose sums stay in registers
 MAX_ROWS, MAX_OUTPUTS = 256, 1024
-SUB_OUTPUTS = 256  # outputs of one product: its sums of 256 rows fill the registers
-UNROLL, UNROLL_STORES = 20, 4  # blocks of 128 inputs per step of a loop
-_LOW_BITS, _HIGH_BITS = 0x01010101, -0x7F7F7F80  # of every byte: 0x01 and 0x80
+UNIT = 256  # outputs of one product, whose sums over 256 rows fill the registers; width of the widest matrix unit
+BLOCK = 128  # inputs of one register of bytes
+STEP = 2  # blocks that are multiplied together: the depth of the deepest matrix unit
+UNROLL, UNROLL_STORES = 10, 2  # steps per iteration of a loop
+_LOW_BITS = 0x55555555  # of every code
+_TOP_CODES = -0x3F3F3F40  # 0xC0C0C0C0: the first code of every byte
+_SHIFT = 6  # the matrix unit sees weights times 64
 
 
 def block_sizes(rows: int, inputs: int, outputs: int) -> tuple[int, int] | None:
@@ -38,21 +40,24 @@ def block_sizes(rows: int, inputs: int, outputs: int) -> tuple[int, int] | None:
       inputs: K.
       outputs: N.
     """
-    few = rows <= FEW_ROWS
-    blocks = pl.cdiv(rows, MAX_ROWS)
-    block_rows = rows if few else pl.cdiv(pl.cdiv(rows, blocks), 32) * 32
+    block_rows = rows if rows <= MAX_ROWS else _whole_tiles(rows, pl.cdiv(rows, MAX_ROWS))
     while True:
-        # Twice what comes and goes: bytes of weights, activations, results; unpacked weights once.
-        space = VMEM_BYTES - 2 * max(block_rows, 32) * inputs
-        per_output = inputs // 2 + 8 * max(block_rows, 32) + (0 if few else inputs)
-        limit = min(MAX_OUTPUTS, space // per_output // LANES * LANES)
-        if limit >= LANES:
-            widths = range(min(limit, pl.cdiv(outputs, LANES) * LANES), 0, -LANES)
+        held = max(block_rows, 32)
+        # Held twice: activations, bytes of weights, results; once: sums, unpacked weights for further blocks of rows.
+        per_output = inputs // 2 + 12 * held + (inputs if block_rows < rows else 0)
+        limit = min(MAX_OUTPUTS, (VMEM_BYTES - 2 * held * inputs) // per_output // UNIT * UNIT)
+        if limit >= UNIT:
+            widths = range(min(limit, pl.cdiv(outputs, UNIT) * UNIT), 0, -UNIT)
             # A block costs about as much again as half a register of outputs.
             return block_rows, min(widths, key=lambda width: pl.cdiv(outputs, width) * (width + LANES // 2))
-        if few or block_rows <= 32:
+        if block_rows <= 32:
             return None
-        block_rows = pl.cdiv(block_rows // 2, 32) * 32
+        block_rows = _whole_tiles(block_rows, 2)
+
+
+def _whole_tiles(rows: int, blocks: int) -> int:
+    """Rows of each of some blocks: whole registers of int8."""
+    return pl.cdiv(pl.cdiv(rows, blocks), 32) * 32
 
 
 def supports(x, w, x_scale, w_scale, *, layout: str, dtype: str) -> None:
@@ -80,7 +85,7 @@ def forward(x, w, x_scale, w_scale, *, layout: str, dtype: str):
     sizes = block_sizes(rows, inputs, outputs)
     assert sizes is not None  # `supports` was asked
     block_rows, block_outputs = sizes
-    few = rows <= FEW_ROWS
+    together = rows == block_rows
     operands = [x, w]
     specs = [
         pl.BlockSpec((block_rows, inputs), lambda j, i: (i, 0)),
@@ -94,12 +99,12 @@ def forward(x, w, x_scale, w_scale, *, layout: str, dtype: str):
             operands.append(w_scale[None])
             specs.append(pl.BlockSpec((1, block_outputs), lambda j, i: (0, j)))
     return pl.pallas_call(
-        _few_rows_kernel if few else _kernel,
+        _decode_kernel if together else _prefill_kernel,
         grid=(pl.cdiv(outputs, block_outputs), pl.cdiv(rows, block_rows)),
         in_specs=specs,
         out_specs=pl.BlockSpec((block_rows, block_outputs), lambda j, i: (i, j)),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), dtype),
-        scratch_shapes=[] if few else [pltpu.VMEM((inputs, block_outputs), jnp.int8)],
+        scratch_shapes=[] if together else [pltpu.VMEM((inputs, block_outputs), jnp.int8)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * inputs * outputs,
@@ -111,54 +116,53 @@ def forward(x, w, x_scale, w_scale, *, layout: str, dtype: str):
     )(*operands)
 
 
-def _few_rows_kernel(x_ref, packed_ref, *refs):
-    """One block of rows: sums in registers, weights from bytes to the matrix unit."""
+def _decode_kernel(x_ref, packed_ref, *refs):
+    """All rows in one block: weights go from bytes to the matrix unit."""
     *scale_refs, out_ref = refs
 
-    def add(block, total):
-        x = x_ref[:, pl.ds(pl.multiple_of(block * LANES, LANES), LANES)]
-        return total + jnp.dot(x, _unpack(packed_ref, block), preferred_element_type=jnp.int32)
+    def add(block, count, total):
+        x = x_ref[:, pl.ds(pl.multiple_of(block * BLOCK, BLOCK), count * BLOCK)]
+        return total + jnp.dot(x, _unpack(packed_ref, block, count), preferred_element_type=jnp.int32)
 
-    total = _loop(x_ref.shape[1] // LANES, UNROLL, add, jnp.zeros(out_ref.shape, jnp.int32))
+    total = _loop(x_ref.shape[1] // BLOCK, UNROLL, add, jnp.zeros(out_ref.shape, jnp.int32))
     _write(out_ref, slice(None), total, scale_refs)
 
 
-def _kernel(x_ref, packed_ref, *refs):
-    """One block of many: the first unpacks the weights of its outputs for all."""
+def _prefill_kernel(x_ref, packed_ref, *refs):
+    """One block of rows of several: the first unpacks the weights of its outputs for all."""
     *scale_refs, out_ref, w_ref = refs
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        def store(block, carry):
-            w_ref[pl.ds(pl.multiple_of(block * LANES, LANES), LANES), :] = _unpack(packed_ref, block)
+        def store(block, count, carry):
+            w_ref[pl.ds(pl.multiple_of(block * BLOCK, BLOCK), count * BLOCK), :] = _unpack(packed_ref, block, count)
             return carry
 
-        _loop(x_ref.shape[1] // LANES, UNROLL_STORES, store, 0)
+        _loop(x_ref.shape[1] // BLOCK, UNROLL_STORES, store, 0)
 
-    width = SUB_OUTPUTS if out_ref.shape[1] % SUB_OUTPUTS == 0 else LANES
-
-    def product(n, carry):
-        columns = pl.ds(pl.multiple_of(n * width, width), width)
+    for start in range(0, out_ref.shape[1], UNIT):
+        columns = slice(start, start + UNIT)
         total = jnp.dot(x_ref[...], w_ref[:, columns], preferred_element_type=jnp.int32)
         _write(out_ref, columns, total, scale_refs)
-        return carry
-
-    lax.fori_loop(0, out_ref.shape[1] // width, product, 0)
 
 
-def _unpack(packed_ref, block):
-    """int8 weights [128, outputs] of a block of 128 inputs."""
-    words = pltpu.bitcast(packed_ref[pl.ds(pl.multiple_of(block * 32, 32), 32), :], jnp.int32)
+def _unpack(packed_ref, block, count: int):
+    """int8 64 w [128 count, outputs] of some blocks of inputs."""
+    rows = BLOCK // 4
+    words = ~pltpu.bitcast(packed_ref[pl.ds(pl.multiple_of(block * rows, rows), count * rows), :], jnp.int32)
+    # w + 1 -> w in two bits, all sixteen codes of a word at once: 0, 1, 2 -> 0b11, 0b00, 0b01.
+    words &= (words << 1) | _LOW_BITS
     parts = []
-    for shift in (6, 4, 2, 0):
-        codes = lax.shift_right_logical(words, shift) & (3 * _LOW_BITS)
-        # code - 1 in every byte; the high bits keep the bytes from borrowing of each other.
-        parts.append(pltpu.bitcast(((codes | _HIGH_BITS) - _LOW_BITS) ^ _HIGH_BITS, jnp.int8))
+    for start in range(0, count * 8, 8):
+        for shift in (0, 2, 4, 6):  # at the top of a byte, two bits are 64 w: no sign to extend
+            parts.append(pltpu.bitcast((words[start : start + 8] << shift) & _TOP_CODES, jnp.int8))
     return jnp.concatenate(parts, axis=0)
 
 
 def _write(out_ref, columns, total, scale_refs) -> None:
     """Scales the sums; `scale_refs` are none, that of the rows, or those of rows and of outputs."""
+    # 64 a fits int32: VMEM holds fewer inputs than 2^31 / (64 * 128).
+    total = lax.shift_right_arithmetic(total, _SHIFT)
     if scale_refs:
         scale = scale_refs[0][...]
         if len(scale_refs) == 2:
@@ -167,14 +171,18 @@ def _write(out_ref, columns, total, scale_refs) -> None:
     out_ref[:, columns] = total.astype(out_ref.dtype)
 
 
-def _loop(trips: int, limit: int, body, carry):
-    """carry = body(i, carry) for i < trips, at most `limit` of them per step of the loop."""
-    unroll = pl.cdiv(trips, pl.cdiv(trips, limit))
+def _loop(blocks: int, limit: int, body, carry):
+    """carry = body(block, count, carry) over STEP blocks at a time, the last may be fewer."""
+    steps = blocks // STEP
+    unroll = pl.cdiv(steps, max(pl.cdiv(steps, limit), 1))
 
-    def step(i, carry):
+    def iteration(i, carry):
         for u in range(unroll):
-            carry = body(i * unroll + u, carry)
+            carry = body((i * unroll + u) * STEP, STEP, carry)
         return carry
 
-    carry = lax.fori_loop(0, trips // unroll, step, carry)
-    return functools.reduce(lambda carry, i: body(i, carry), range(trips // unroll * unroll, trips), carry)
+    iterations = steps // unroll if unroll else 0
+    carry = lax.fori_loop(0, iterations, iteration, carry)
+    for block in range(iterations * unroll * STEP, blocks, STEP):
+        carry = body(block, min(STEP, blocks - block), carry)
+    return carry

@@ -13,7 +13,7 @@ from pallas_kernels.ternary_matmul import mosaic_tpu, packing, reference, xla
 FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
 FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
 NAMES = ("reference", *FORWARD)
-MAX_K = (2**31 - 1) // (2 * 128)  # |x| <= 128 and a code outside the three reads as at most 2
+MAX_K = (2**31 - 1) // 128  # |x| <= 128
 
 
 def ternary_matmul(
@@ -36,7 +36,8 @@ def ternary_matmul(
 
     Args:
       x: int8 [M, K] quantised activations, M >= 1.
-      w: uint8 packed weights W [N, K]; `layout` says how, and `packing.repack` brings them from one to another.
+      w: uint8 bytes of the ternary weights W [N, K], as `packing.pack` makes them; `packing.repack` brings them from
+        one layout to another. The fourth code of two bits counts as 0.
       x_scale: float32 [M], the step of each row of x (max|x| / 127), or None together with w_scale.
       w_scale: float32 [] or [N], the magnitude of the weights (mean |W|) per tensor or per output, or None.
       layout: "hf", "i2_s", "w2a8" or "i2_s_columns" (see `packing`). "mosaic_tpu" reads "i2_s_columns" alone.
@@ -74,7 +75,9 @@ def _check(x, w, x_scale, w_scale, layout, dtype) -> str:
         raise ValueError(f"ternary_matmul: {missing} is None and the other scale is not: give both, or none for int32")
     if x_scale is None:
         if dtype is not None:
-            raise ValueError(f"ternary_matmul: dtype must be None for int32 accumulators, got {dtype!r}; or give scales")
+            raise ValueError(
+                f"ternary_matmul: dtype must be None for int32 accumulators, got {dtype!r}; or give scales"
+            )
         return "int32"
     check_array("ternary_matmul", "x_scale", x_scale, "M", sizes, dtypes=("float32",))
     dims = "" if getattr(w_scale, "shape", None) == () else "N"

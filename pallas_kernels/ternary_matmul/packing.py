@@ -10,7 +10,7 @@ A weight w in {-1, 0, 1} is stored as a code of two bits, four codes to a byte. 
   i2_s_columns  [K/4, N]   w + 1  i2_s transposed: what the TPU kernel reads                      K of 128
 
 hf is that of transformers' checkpoints, i2_s the one of bitnet.cpp on x86 (without the scale that ends its data), w2a8
-that of its GPU kernels. A code outside the three is not ternary: `pack` refuses it, `unpack` reads what the bits say.
+that of its GPU kernels. The fourth code is not ternary: it counts as 0, and `repack` refuses it.
 """
 
 import dataclasses
@@ -30,16 +30,18 @@ class Layout:
     Attributes:
       outputs: N must be a multiple of this.
       inputs: K must be a multiple of this.
-      transposed: whether the first axis of the bytes is K / 4.
-      by_outputs: whether it is N that the bytes divide by four.
-      pack: int8 [N, K] of {-1, 0, 1} -> bytes.
-      unpack: bytes -> int8 [N, K].
+      join: uint8 codes [N, K] -> bytes.
+      split: bytes -> uint8 codes [N, K].
+      zero: the code of 0; the codes of -1 and 1 are its neighbours.
+      transposed: whether the bytes are [K / 4, N].
+      by_outputs: whether the bytes are [N / 4, K].
     """
 
     outputs: int
     inputs: int
-    pack: Callable[[Any], Any]
-    unpack: Callable[[Any], Any]
+    join: Callable[[Any], Any]
+    split: Callable[[Any], Any]
+    zero: int = 1
     transposed: bool = False
     by_outputs: bool = False
 
@@ -56,53 +58,55 @@ class Layout:
         return (shape[1], 4 * shape[0]) if self.transposed else (shape[0], 4 * shape[1])
 
 
-def _join(codes, axis: int, *, highest_first: bool = False):
+def _join(codes, axis: int, shifts: tuple[int, ...]):
     """Four codes along an axis -> one byte."""
-    shifts = (6, 4, 2, 0) if highest_first else (0, 2, 4, 6)
-    parts = [jnp.take(codes, i, axis=axis).astype(jnp.uint8) << shift for i, shift in enumerate(shifts)]
+    parts = [jnp.take(codes, i, axis=axis) << shift for i, shift in enumerate(shifts)]
     return parts[0] | parts[1] | parts[2] | parts[3]
 
 
-def _split(packed, axis: int, *, highest_first: bool = False):
-    """The inverse of `_join`, as int8."""
-    shifts = (6, 4, 2, 0) if highest_first else (0, 2, 4, 6)
-    return jnp.stack([(packed >> shift) & 3 for shift in shifts], axis=axis).astype(jnp.int8)
+def _split(packed, axis: int, shifts: tuple[int, ...]):
+    """The inverse of `_join`."""
+    return jnp.stack([(packed >> shift) & 3 for shift in shifts], axis=axis)
 
 
-def _pack_hf(w):
-    return _join((w + 1).reshape(4, -1, w.shape[1]), 0)
+_LOWEST_FIRST, _HIGHEST_FIRST = (0, 2, 4, 6), (6, 4, 2, 0)
 
 
-def _unpack_hf(packed):
-    return _split(packed, 0).reshape(-1, packed.shape[1]) - 1
+def _join_hf(codes):
+    return _join(codes.reshape(4, -1, codes.shape[1]), 0, _LOWEST_FIRST)
 
 
-def _pack_i2_s(w):
-    return _join((w + 1).reshape(w.shape[0], -1, 4, 32), 2, highest_first=True).reshape(w.shape[0], -1)
+def _split_hf(packed):
+    return _split(packed, 0, _LOWEST_FIRST).reshape(-1, packed.shape[1])
 
 
-def _unpack_i2_s(packed):
-    blocks = packed.reshape(packed.shape[0], -1, 32)
-    return _split(blocks, 2, highest_first=True).reshape(packed.shape[0], -1) - 1
+def _join_i2_s(codes):
+    return _join(codes.reshape(codes.shape[0], -1, 4, 32), 2, _HIGHEST_FIRST).reshape(codes.shape[0], -1)
 
 
-def _pack_w2a8(w):
+def _split_i2_s(packed):
+    return _split(packed.reshape(packed.shape[0], -1, 32), 2, _HIGHEST_FIRST).reshape(packed.shape[0], -1)
+
+
+def _join_w2a8(codes):
     # A thread of the warp reads 16 weights: threads are ordered by half of the rows, half of the columns, row.
-    tiles = (w + 2).reshape(w.shape[0] // 16, 2, 8, w.shape[1] // 32, 2, 4, 4)
-    return _join(tiles.transpose(0, 3, 1, 4, 2, 5, 6), 5).reshape(w.shape[0], -1)
+    tiles = codes.reshape(codes.shape[0] // 16, 2, 8, codes.shape[1] // 32, 2, 4, 4)
+    return _join(tiles.transpose(0, 3, 1, 4, 2, 5, 6), 5, _LOWEST_FIRST).reshape(codes.shape[0], -1)
 
 
-def _unpack_w2a8(packed):
+def _split_w2a8(packed):
     outputs, inputs = packed.shape[0], 4 * packed.shape[1]
-    tiles = _split(packed.reshape(outputs // 16, inputs // 32, 2, 2, 8, 4), 5)
-    return tiles.transpose(0, 2, 4, 1, 3, 5, 6).reshape(outputs, inputs) - 2
+    tiles = _split(packed.reshape(outputs // 16, inputs // 32, 2, 2, 8, 4), 5, _LOWEST_FIRST)
+    return tiles.transpose(0, 2, 4, 1, 3, 5, 6).reshape(outputs, inputs)
 
 
 LAYOUTS = {
-    "hf": Layout(4, 1, _pack_hf, _unpack_hf, by_outputs=True),
-    "i2_s": Layout(1, 128, _pack_i2_s, _unpack_i2_s),
-    "w2a8": Layout(16, 32, _pack_w2a8, _unpack_w2a8),
-    "i2_s_columns": Layout(1, 128, lambda w: _pack_i2_s(w).T, lambda packed: _unpack_i2_s(packed.T), transposed=True),
+    "hf": Layout(4, 1, _join_hf, _split_hf, by_outputs=True),
+    "i2_s": Layout(1, 128, _join_i2_s, _split_i2_s),
+    "w2a8": Layout(16, 32, _join_w2a8, _split_w2a8, zero=2),
+    "i2_s_columns": Layout(
+        1, 128, lambda codes: _join_i2_s(codes).T, lambda packed: _split_i2_s(packed.T), transposed=True
+    ),
 }
 
 
@@ -165,27 +169,31 @@ def pack(weights: jax.Array, layout: str) -> jax.Array:
     if not hasattr(weights, "shape") or len(weights.shape) != 2 or weights.dtype != jnp.int8:
         got = f"{weights.dtype} {tuple(weights.shape)}" if hasattr(weights, "dtype") else type(weights).__name__
         raise ValueError(f"pack: weights must be int8 [N, K], got {got}")
-    if not isinstance(weights, jax.core.Tracer):
-        _check_ternary(np.asarray(weights), "weights")
     check_sizes(*weights.shape, layout, "pack")
-    return LAYOUTS[layout].pack(jnp.asarray(weights))
+    if not isinstance(weights, jax.core.Tracer):
+        wrong = np.setdiff1d(np.asarray(weights), [-1, 0, 1])
+        if wrong.size:
+            raise ValueError(f"pack: weights must be -1, 0 and 1 alone, got {wrong[:4].tolist()}")
+    rules = LAYOUTS[layout]
+    return rules.join((jnp.asarray(weights) + rules.zero).astype(jnp.uint8))
 
 
 def unpack(packed: jax.Array, layout: str) -> jax.Array:
-    """The inverse of `pack`: uint8 bytes -> int8 [N, K].
+    """The inverse of `pack`.
 
     Args:
       packed: uint8 bytes, of the shape that the layout says.
       layout: a name of `LAYOUTS`.
 
     Returns:
-      int8 [N, K].
+      int8 [N, K] of -1, 0 and 1; the fourth code reads as 0.
 
     Raises:
       ValueError: wrong shape, dtype or layout.
     """
     check_packed(packed, layout, "unpack")
-    return LAYOUTS[layout].unpack(jnp.asarray(packed))
+    weights = LAYOUTS[layout].split(jnp.asarray(packed)).astype(jnp.int8) - LAYOUTS[layout].zero
+    return jnp.where(jnp.abs(weights) == 2, 0, weights).astype(jnp.int8)
 
 
 def repack(packed: jax.Array, source: str, target: str) -> jax.Array:
@@ -200,17 +208,13 @@ def repack(packed: jax.Array, source: str, target: str) -> jax.Array:
       uint8 bytes in the layout `target`.
 
     Raises:
-      ValueError: wrong shape, dtype or layout; bytes with a code that is not ternary (a sign of a wrong `source`),
-        unless under a transformation, where values are unknown.
+      ValueError: wrong shape, dtype, size or layout; bytes with the fourth code (a sign of a wrong `source`), unless
+        under a transformation, where values are unknown.
     """
-    weights = unpack(packed, source)
-    if not isinstance(weights, jax.core.Tracer):
-        _check_ternary(np.asarray(weights), f"bytes in layout {source!r}")
-    check_sizes(*weights.shape, target, "repack")
-    return LAYOUTS[target].pack(weights)
-
-
-def _check_ternary(weights: np.ndarray, what: str) -> None:
-    wrong = np.setdiff1d(weights, [-1, 0, 1])
-    if wrong.size:
-        raise ValueError(f"packing: {what} must hold -1, 0 and 1 alone, got {wrong[:4].tolist()}")
+    sizes = check_packed(packed, source, "repack")
+    check_sizes(*sizes, target, "repack")
+    codes = LAYOUTS[source].split(jnp.asarray(packed))
+    fourth = (LAYOUTS[source].zero + 2) % 4
+    if not isinstance(packed, jax.core.Tracer) and bool(jnp.any(codes == fourth)):
+        raise ValueError(f"repack: packed holds the code {fourth}, no weight of layout {source!r}; is it of another?")
+    return LAYOUTS[target].join(codes + jnp.uint8(LAYOUTS[target].zero) - jnp.uint8(LAYOUTS[source].zero))

@@ -56,6 +56,7 @@ MATMUL_FREE = {
 MODELS = {
     **_layers("bitnet_2b4t", 1, BITNET_2B4T, "decode"),
     **_layers("bitnet_2b4t", 16, BITNET_2B4T, "decode16"),
+    **_layers("bitnet_2b4t", 64, BITNET_2B4T, "decode64"),
     **_layers("bitnet_2b4t", 2048, BITNET_2B4T, "prefill"),
     **{
         key: shape

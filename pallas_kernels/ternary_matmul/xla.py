@@ -1,4 +1,4 @@
-"""Ternary products by XLA's own int8 product: the weights are unpacked in memory, which costs nine times their bytes."""
+"""Ternary products by XLA's own int8 product: weights are unpacked in memory, which moves nine times their bytes."""
 
 import jax.numpy as jnp
 from jax import lax
