@@ -69,11 +69,20 @@ def ternary_matmul(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     return _bounds(chip, mxu=products / 2, hbm=_traffic(shape, backward, ()) + result)
 
 
+def rms_norm_quantize(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """Square and add, product with the weight, compare, scale, round: six operations per element; x in, a byte out."""
+    if backward:
+        raise ValueError("rms_norm_quantize has no backward pass of its own")
+    elements = shape.rows * shape.width
+    return _bounds(chip, vpu=6 * elements, hbm=_traffic(shape, backward, ()) + elements + 4 * shape.rows)
+
+
 FLOORS: Mapping[str, Callable[..., Floor]] = {
     "selective_scan": selective_scan,
     "attention": attention,
     "causal_conv1d": causal_conv1d,
     "ternary_matmul": ternary_matmul,
+    "rms_norm_quantize": rms_norm_quantize,
 }
 
 

@@ -72,7 +72,7 @@ def supports(x, w, x_scale, w_scale, *, layout: str, dtype: str) -> None:
         raise dispatch.UnsupportedError(
             f"ternary_matmul: mosaic_tpu does not write dtype={dtype}; it writes {', '.join(DTYPES)}"
         )
-    if block_sizes(*x.shape, w.shape[1]) is None:
+    if block_sizes(x.shape[0], x.shape[1], w.shape[1]) is None:
         raise dispatch.UnsupportedError(
             f"ternary_matmul: mosaic_tpu does not hold K={x.shape[1]} inputs of x in VMEM; split the sum"
         )

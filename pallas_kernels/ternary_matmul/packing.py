@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ def pack(weights: jax.Array, layout: str) -> jax.Array:
         got = f"{weights.dtype} {tuple(weights.shape)}" if hasattr(weights, "dtype") else type(weights).__name__
         raise ValueError(f"pack: weights must be int8 [N, K], got {got}")
     check_sizes(*weights.shape, layout, "pack")
-    if not isinstance(weights, jax.core.Tracer):
+    if not isinstance(weights, Tracer):
         wrong = np.setdiff1d(np.asarray(weights), [-1, 0, 1])
         if wrong.size:
             raise ValueError(f"pack: weights must be -1, 0 and 1 alone, got {wrong[:4].tolist()}")
@@ -215,6 +216,6 @@ def repack(packed: jax.Array, source: str, target: str) -> jax.Array:
     check_sizes(*sizes, target, "repack")
     codes = LAYOUTS[source].split(jnp.asarray(packed))
     fourth = (LAYOUTS[source].zero + 2) % 4
-    if not isinstance(packed, jax.core.Tracer) and bool(jnp.any(codes == fourth)):
+    if not isinstance(packed, Tracer) and bool(jnp.any(codes == fourth)):
         raise ValueError(f"repack: packed holds the code {fourth}, no weight of layout {source!r}; is it of another?")
     return LAYOUTS[target].join(codes + jnp.uint8(LAYOUTS[target].zero) - jnp.uint8(LAYOUTS[source].zero))
