@@ -45,9 +45,10 @@ def block_sizes(rows: int, inputs: int, outputs: int) -> tuple[int, int] | None:
         held = max(block_rows, 32)
         # Held twice: activations, bytes of weights, results; once: sums, unpacked weights for further blocks of rows.
         per_output = inputs // 2 + 12 * held + (inputs if block_rows < rows else 0)
-        limit = min(MAX_OUTPUTS, (VMEM_BYTES - 2 * held * inputs) // per_output // UNIT * UNIT)
-        if limit >= UNIT:
-            widths = range(min(limit, pl.cdiv(outputs, UNIT) * UNIT), 0, -UNIT)
+        limit = min(MAX_OUTPUTS, (VMEM_BYTES - 2 * held * inputs) // per_output)
+        unit = UNIT if limit >= UNIT else LANES
+        if limit >= unit:
+            widths = range(min(limit // unit, pl.cdiv(outputs, unit)) * unit, 0, -unit)
             # A block costs about as much again as half a register of outputs.
             return block_rows, min(widths, key=lambda width: pl.cdiv(outputs, width) * (width + LANES // 2))
         if block_rows <= 32:
@@ -140,8 +141,9 @@ def _prefill_kernel(x_ref, packed_ref, *refs):
 
         _loop(x_ref.shape[1] // BLOCK, UNROLL_STORES, store, 0)
 
-    for start in range(0, out_ref.shape[1], UNIT):
-        columns = slice(start, start + UNIT)
+    unit = min(UNIT, out_ref.shape[1])
+    for start in range(0, out_ref.shape[1], unit):
+        columns = slice(start, start + unit)
         total = jnp.dot(x_ref[...], w_ref[:, columns], preferred_element_type=jnp.int32)
         _write(out_ref, columns, total, scale_refs)
 
