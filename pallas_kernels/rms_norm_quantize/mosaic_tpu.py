@@ -78,6 +78,8 @@ def _kernel(x_ref, *refs, eps: float):
         return x, x * weight_ref[0][:, columns] if weight_ref else x
 
     size = min(GROUP, x_ref.shape[0])
+    # A maximum may pass over NaN, a sum does not.
+    usable = jnp.sum(jnp.abs(weight_ref[0][...]), axis=1, keepdims=True) < jnp.inf if weight_ref else True
 
     def group(i, carry):
         rows = pl.ds(pl.multiple_of(i * size, size), size)
@@ -85,7 +87,7 @@ def _kernel(x_ref, *refs, eps: float):
         mean_square = square / width
         rstd = lax.rsqrt(mean_square + eps)
         largest = rstd * largest
-        finite = (mean_square < jnp.inf) & (largest < jnp.inf)
+        finite = (mean_square < jnp.inf) & (largest < jnp.inf) & usable
         largest = jnp.maximum(largest, SMALLEST)
         scale_ref[rows, :] = jnp.where(finite, largest / LEVELS, jnp.nan)
         factor = rstd * (LEVELS / largest)

@@ -39,7 +39,8 @@ def rms_norm_quantize(
 
     Arithmetic is float32; implementations may differ by one where y / scale is half way between two integers. A row
     that is not finite (or whose squares are not) gets values 0 and scale NaN, which spoils that row of a product
-    alone. Integers have no gradient: differentiating this raises, `rms_norm_fake_quantize` is for training.
+    alone; a weight that is not finite spoils all rows. Integers have no gradient: differentiating this raises,
+    `rms_norm_fake_quantize` is for training.
 
     Args:
       x: [M, D], float32, bfloat16 or float16, M and D >= 1.

@@ -12,10 +12,14 @@ def forward(x, weight, *, eps: float):
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
     rstd = lax.rsqrt(mean_square + eps)
-    weighted = x if weight is None else x * weight.astype(jnp.float32)
+    finite = mean_square < jnp.inf  # no row that holds NaN either; a maximum may pass over NaN
+    weighted = x
+    if weight is not None:
+        weighted = x * weight.astype(jnp.float32)
+        finite = finite & jnp.all(jnp.isfinite(weight))
     # rstd is one number a row: it need not be multiplied into every element before the maximum.
     largest = rstd * jnp.max(jnp.abs(weighted), axis=-1, keepdims=True)
-    finite = (mean_square < jnp.inf) & (largest < jnp.inf)  # no row that holds NaN either
+    finite = finite & (largest < jnp.inf)
     largest = jnp.maximum(largest, SMALLEST)
     q = jnp.where(finite, jnp.round(weighted * (rstd * (LEVELS / largest))), 0.0)
     return q.astype(jnp.int8), jnp.where(finite, largest / LEVELS, jnp.nan)[:, 0]

@@ -11,7 +11,7 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.static_profile import floors
 from pallas_kernels.static_profile.chips import CHIPS
 from pallas_kernels.ternary_matmul import LAYOUTS, pack, packing, repack, ternary_matmul, unpack
-from pallas_kernels.ternary_matmul.shapes import MODELS, TINY
+from pallas_kernels.ternary_matmul.shapes import MODELS, TINY, TernaryShape
 from tests.pallas_kernels.sequences import assert_close
 
 FLOAT_TOLERANCE = 3e-7  # three float32 roundings
@@ -142,6 +142,15 @@ def test_equals_integer_numpy(name, implementation):
         tolerance = 2.0**-8 if shape.dtype == jnp.bfloat16 else FLOAT_TOLERANCE
         np.testing.assert_allclose(np.asarray(actual, np.float64), exact, rtol=tolerance)
         np.testing.assert_array_equal(actual, run(args, "reference", **shape.options()))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_may_be_constants_of_the_program(layout, implementation):
+    outputs, inputs = SIZES[layout]
+    args = draw(TernaryShape(3, inputs, outputs, layout, scaled=False))
+    constant = jax.jit(lambda x: ternary_matmul(x, args["w"], layout=layout, implementation=implementation))
+    np.testing.assert_array_equal(constant(args["x"]), product(**args, layout=layout))
 
 
 def test_sums_are_integers_where_float32_is_not():

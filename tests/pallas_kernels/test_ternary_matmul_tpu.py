@@ -92,7 +92,7 @@ def test_transformations(rows, small_blocks):
     pair = draw(shape), draw(shape, seed=1)
     dy = np.random.default_rng(2).normal(size=(rows, 256)).astype(np.float32)
 
-    # Arrays come as arguments: XLA's CPU backend folds the interpreter's bitcasts of constants wrongly.
+    # Arrays come as arguments: XLA folds the constants of an interpreted kernel, with bitcasts, to wrong values.
     @functools.partial(jax.jit, static_argnums=0)
     def every(implementation, pair, dy):
         op = functools.partial(ternary_matmul, implementation=implementation)
