@@ -59,7 +59,8 @@ def rms_norm_quantize(
     Reference: BitNet b1.58, Ma et al., arXiv:2402.17764; MatMul-free LM, Zhu et al., arXiv:2406.02528, algorithm 1.
     """
     _check("rms_norm_quantize", x, weight, eps, implementation)
-    return Quantized(*_quantize(eps, implementation, x, weight))
+    quantized: Any = _quantize(eps, implementation, x, weight)
+    return Quantized(*quantized)
 
 
 def rms_norm_fake_quantize(
