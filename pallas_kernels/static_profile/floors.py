@@ -77,6 +77,24 @@ def softmax_topk(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     elements = shape.rows * shape.columns
     traffic = elements * jnp.dtype(shape.dtype).itemsize * (2 if backward else 1)
     return _bounds(chip, vpu=(2 if backward else 3) * elements, eup=elements, hbm=traffic)
+def ternary_matmul(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """M x K x N products at the int8 rate; weights of two bits, activations, scales and result once through memory.
+
+    Unpacking is not counted: an implementation may do it in as many ways as there are units.
+    """
+    if backward:
+        raise ValueError("ternary_matmul has no backward pass of its own")
+    result = shape.rows * shape.outputs * (jnp.dtype(shape.dtype).itemsize if shape.scaled else 4)
+    products = 2 * shape.rows * shape.inputs * shape.outputs
+    return _bounds(chip, mxu=products / 2, hbm=_traffic(shape, backward, ()) + result)
+
+
+def rms_norm_quantize(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """Square and add, product with the weight, compare, scale, round: six operations per element; x in, a byte out."""
+    if backward:
+        raise ValueError("rms_norm_quantize has no backward pass of its own")
+    elements = shape.rows * shape.width
+    return _bounds(chip, vpu=6 * elements, hbm=_traffic(shape, backward, ()) + elements + 4 * shape.rows)
 
 
 FLOORS: Mapping[str, Callable[..., Floor]] = {
@@ -85,6 +103,8 @@ FLOORS: Mapping[str, Callable[..., Floor]] = {
     "causal_conv1d": causal_conv1d,
     "linear_scan": linear_scan,
     "softmax_topk": softmax_topk,
+    "ternary_matmul": ternary_matmul,
+    "rms_norm_quantize": rms_norm_quantize,
 }
 
 
