@@ -46,6 +46,11 @@ def load_global(ref: Any, layout: Any = ROWS) -> jax.Array:
     return plgpu.load(ref, ..., layout=layout, optimized=False).astype(jnp.float32)
 
 
+def zeros(*shape: int) -> jax.Array:
+    """float32 zeros [128] or [rows, 128] for the carry of a loop, whose registers stay what they are."""
+    return lay_out(jnp.zeros(shape, jnp.float32), ROWS if len(shape) == 2 else CHANNEL)
+
+
 def rows_of(vector: jax.Array) -> jax.Array:
     """[rows] in every thread -> [rows, 128]."""
     return lay_out(jax.lax.broadcast_in_dim(vector, (vector.shape[0], CHANNELS), (0,)), ROWS)
@@ -92,6 +97,10 @@ class Group:
         """[count, 128] with `otherwise` at padding."""
         return tile if self.valid is None else jnp.where(self.valid, tile, otherwise)
 
+    def only_valid_row(self, i: int, value: jax.Array) -> jax.Array:
+        """[1, 128] of token i with zeros at padding."""
+        return value if self.valid is None else jnp.where(self.valid[i : i + 1], value, 0.0)
+
     def clear(self, i: int, state: jax.Array) -> jax.Array:
         """[rows, 128] with zeros where token i is reset."""
         if self.reset is None:
@@ -102,8 +111,7 @@ class Group:
 
     def store(self, ref: Any, i: int, value: jax.Array) -> None:
         """Writes token i, [1, 128], in the dtype of the reference; zeros at padding."""
-        value = value if self.valid is None else jnp.where(self.valid[i : i + 1], value, 0.0)
-        ref[self.slot, pl.ds(self.start + i, 1), :] = value.astype(ref.dtype)
+        ref[self.slot, pl.ds(self.start + i, 1), :] = self.only_valid_row(i, value).astype(ref.dtype)
 
 
 def pad(array: jax.Array, *sizes: int) -> jax.Array:
