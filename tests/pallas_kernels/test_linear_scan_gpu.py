@@ -135,7 +135,8 @@ def test_tiles_fit_shared_memory():
                 assert p.chunk % p.rows == p.length % p.rows == p.rows % warpgroup.GROUP == 0
                 assert 0 <= p.length - length < p.rows
                 used = warpgroup.CHANNELS * (p.slots * p.rows * token_bytes + p.chunk * kept)
-                assert p.slots >= 2 and used <= warpgroup.SMEM_BYTES
+                assert p.slots >= 2
+                assert used <= warpgroup.SMEM_BYTES
 
 
 @pytest.mark.parametrize("name", [*TINY, *MODELS])
