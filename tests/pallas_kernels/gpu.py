@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels.interpret import interpret
 from tests.pallas_kernels.sequences import assert_close
 
+QUICK = {"xla_backend_optimization_level": 0}  # the interpreted kernels are long programs that run once
+
 
 @contextlib.contextmanager
 def simulate(*, detect_races: bool = True):
@@ -81,7 +83,8 @@ def check_mapped(run: Any, args: dict[str, Any], tolerance: float) -> None:
 
     def gradients(implementation):
         twice = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), args)
-        return jax.jit(jax.vmap(jax.grad(lambda a: _loss(run, a, implementation))))(twice)
+        mapped = jax.vmap(jax.grad(lambda a: _loss(run, a, implementation)))
+        return jax.jit(mapped, compiler_options=QUICK)(twice)
 
     with simulate():
         actual = jax.block_until_ready(gradients("mosaic_gpu"))

@@ -12,7 +12,14 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.linear_scan import linear_scan, mosaic_gpu, xla
 from pallas_kernels.linear_scan.shapes import MODELS, TINY
 from tests.pallas_kernels import test_linear_scan
-from tests.pallas_kernels.gpu import check_mapped, check_transformations_lower, count_kernels, lower_op, simulate
+from tests.pallas_kernels.gpu import (
+    check_mapped,
+    check_transformations_lower,
+    count_kernels,
+    lower_function,
+    lower_op,
+    simulate,
+)
 from tests.pallas_kernels.sequences import assert_close, masks
 from tests.pallas_kernels.test_linear_scan import draw, draw_cotangents, loop
 
@@ -20,7 +27,6 @@ VALUE_TOLERANCE = 1e-6  # float32, relative to the largest magnitude
 GRADIENT_TOLERANCE = 2e-6
 BFLOAT16_TOLERANCE = 2.0**-7
 CHUNK = 16
-QUICK = {"xla_backend_optimization_level": 0}  # the interpreted kernels are long programs that run once
 
 run = functools.partial(test_linear_scan.run, chunk_size=CHUNK)
 
@@ -145,6 +151,13 @@ def test_tiles_fit_shared_memory():
                 used = warpgroup.CHANNELS * (p.slots * p.rows * token_bytes + p.chunk * kept)
                 assert p.slots >= 2
                 assert used <= warpgroup.SMEM_BYTES
+
+
+def test_a_call_without_a_name_takes_the_kernel_on_cuda_where_it_serves():
+    args = draw(1, CHUNK)
+    assert count_kernels(lower_function(lambda args: linear_scan(**args), args)) == 1
+    half = args | {n: np.asarray(args[n], np.float16) for n in ("a", "b")}
+    assert count_kernels(lower_function(lambda args: linear_scan(**args), half)) == 0
 
 
 def check_lowers(shape):
