@@ -13,6 +13,7 @@ from pallas_kernels.linear_scan import linear_scan, mosaic_gpu, xla
 from pallas_kernels.linear_scan.shapes import MODELS, TINY
 from tests.pallas_kernels import test_linear_scan
 from tests.pallas_kernels.gpu import (
+    QUICK,
     check_mapped,
     check_transformations_lower,
     count_kernels,

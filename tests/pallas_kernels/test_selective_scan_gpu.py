@@ -13,6 +13,7 @@ from pallas_kernels.selective_scan import mosaic_gpu, selective_scan, xla
 from pallas_kernels.selective_scan.shapes import MODELS, TINY
 from tests.pallas_kernels import test_selective_scan
 from tests.pallas_kernels.gpu import (
+    QUICK,
     check_mapped,
     check_transformations_lower,
     count_kernels,
