@@ -188,7 +188,7 @@ def test_plans():
         p = mosaic_tpu.plan(shape.time, shape.channels, min(32, shape.time))
         assert p.block_chunks * p.chunk <= mosaic_tpu.MAX_TOKENS
         assert 0 <= p.time - shape.time < p.chunk
-        assert mosaic_tpu_backward.history_bytes(p, shape.states) <= 4 * 2**20
+        assert mosaic_tpu_backward.history_bytes(p, shape.states) <= 5 * 2**20
 
 
 def test_what_is_not_served_raises_and_is_left_to_xla():
