@@ -20,8 +20,20 @@ VALUE_TOLERANCE = 2e-6  # float32, relative to the largest magnitude
 GRADIENT_TOLERANCE = 1e-5
 BFLOAT16_TOLERANCE = 2.0**-7  # outputs and gradients are rounded to 8 bits of mantissa once
 CHUNK = 8
-QUICK = {"xla_backend_optimization_level": 0}  # the interpreted kernels are long programs that run once
 TOKENS = ("x", "dt", "B", "C", "z")
+
+
+def quick_options() -> dict[str, bool | int]:
+    """Compiler options for long programs that run once, such as interpreted kernels; not every XLA knows them all."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        del options["xla_cpu_use_fusion_emitters"]
+    return options
+
+
+QUICK = quick_options()
 
 
 @pytest.fixture
@@ -99,15 +111,13 @@ def test_optional_arguments_may_be_absent():
 @pytest.mark.usefixtures("looped")
 def test_channels_past_one_block_do_not_reach_the_sums_over_channels():
     memory_of_nan = functools.partial(interpret, pltpu.InterpretParams(uninitialized_memory="nan"))
-    check(draw(2, 5, channels=1100, states=2), *masks("between", 2, 5), context=memory_of_nan)
+    check(draw(2, 3, channels=1100, states=2), *masks("right", 2, 3), context=memory_of_nan)
 
 
-@pytest.mark.parametrize("states", [2, 18])  # unrolled wholly and in part
-def test_unrolled_states(states):
-    check(draw(1, 3, channels=4, states=states))
+def test_more_states_than_are_unrolled():
+    check(draw(1, 3, channels=4, states=18))
 
 
-@pytest.mark.usefixtures("looped")
 def test_no_races_and_no_memory_read_before_it_is_written():
     args = draw(1, CHUNK + 3, channels=130, states=2)
     check(args, *masks("packed", 1, CHUNK + 3), context=simulate)
