@@ -20,7 +20,6 @@ from pallas_kernels import interpret
 from pallas_kernels.selective_scan import mosaic_tpu as common
 from pallas_kernels.selective_scan.mosaic_tpu import LANES, SUBLANES, Static, for_states, lanes, select
 
-PASS = 4  # tokens of a pass through all states: what belongs to them stays in registers
 MAX_HISTORY = 32 * 2**20  # bytes, within common.VMEM_LIMIT
 
 
@@ -58,7 +57,6 @@ def _kernel(*refs, s: Static):
     table, steps, inputs, cotangents, slopes, outputs, dinputs, dsteps, h_ref, bounce, *refs = refs
     history, products, sums = refs
     parts = parts_of(tiles)
-    passes = [range(r, min(r + PASS, p.rows)) for r in range(0, p.rows, PASS)]
     t, d = pl.program_id(1), pl.program_id(2)
     groups = p.chunk // SUBLANES
     entry = functools.partial(s.map_row, table, shape=shape)
@@ -99,7 +97,7 @@ def _kernel(*refs, s: Static):
             cotangents[here] = dy if z_ref is None else dy * common.silu(load(z_ref))
 
     def recompute(g, dt, u):
-        for rows in passes:
+        for rows in p.passes:
 
             def state(n, y, rows=rows):
                 a, h, y = A_ref[d, n], h_ref[n], list(y)
@@ -147,7 +145,7 @@ def _kernel(*refs, s: Static):
             sums[i, common.group_tokens(g * parts + part)] += rows[0]
 
     def adjoint(g, dt, u, cotangent):
-        for rows in reversed(passes):
+        for rows in reversed(p.passes):
 
             def state(n, carry, rows=rows):
                 du, ddt = (list(v) for v in carry)
