@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.selective_scan import xla
 from pallas_kernels.tiles import LANES
 
 SUBLANES = 8
@@ -350,6 +351,9 @@ def _kernel(*refs, s: Static, carried: bool, save: bool):
 def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: bool, chunk_size: int, save: bool):
     """Returns (y [B, T, Di], new_state [B, Di, N], boundaries), as `xla.forward` does."""
     supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, dt_softplus=dt_softplus, chunk_size=chunk_size)
+    if x.shape[1] == 1:  # a single token is elementwise: XLA passes over the state once, in the layout that it has
+        arrays = (x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
+        return xla.forward(*arrays, dt_softplus=dt_softplus, chunk_size=chunk_size, save=save)
     (batch, length, channels), states = x.shape, A.shape[1]
     p = plan(length, channels, chunk_size)
     tokens = p.chunk * p.block_chunks

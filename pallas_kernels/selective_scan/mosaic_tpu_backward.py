@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.selective_scan import mosaic_tpu as common
+from pallas_kernels.selective_scan import xla
 from pallas_kernels.selective_scan.mosaic_tpu import LANES, SUBLANES, Static, for_states, lanes, select
 
 MAX_HISTORY = 32 * 2**20  # bytes, within common.VMEM_LIMIT
@@ -246,6 +247,8 @@ def backward(
     """Returns the gradients of (x, dt, A, B, C, D, z, dt_bias, state), as `xla.backward` does."""
     given = (x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
     supports(*given, dt_softplus=dt_softplus, chunk_size=chunk_size)
+    if x.shape[1] == 1:
+        return xla.backward(*given, boundaries, dy, dstate, dt_softplus=dt_softplus, chunk_size=chunk_size)
     (batch, length, channels), states = x.shape, A.shape[1]
     p = common.plan(length, channels, chunk_size)
     reset, valid = common.flags(reset, valid, length, p)

@@ -239,4 +239,4 @@ def test_compiles_for_v5e(name):
 @pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e"])
 def test_compiles_at_every_shape(kind):
     for name, shape in (MODELS | TINY).items():
-        assert count_kernels(compile_op(kind, selective_scan, shape)) == 2, name
+        assert count_kernels(compile_op(kind, selective_scan, shape)) == (2 if shape.time > 1 else 0), name
