@@ -352,8 +352,8 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
     """Returns (y [B, T, Di], new_state [B, Di, N], boundaries), as `xla.forward` does."""
     supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, dt_softplus=dt_softplus, chunk_size=chunk_size)
     if x.shape[1] == 1:  # a single token is elementwise: XLA passes over the state once, in the layout that it has
-        arrays = (x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
-        return xla.forward(*arrays, dt_softplus=dt_softplus, chunk_size=chunk_size, save=save)
+        given = (x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
+        return xla.forward(*given, dt_softplus=dt_softplus, chunk_size=chunk_size, save=save)
     (batch, length, channels), states = x.shape, A.shape[1]
     p = plan(length, channels, chunk_size)
     tokens = p.chunk * p.block_chunks
