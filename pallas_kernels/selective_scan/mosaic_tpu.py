@@ -1,9 +1,10 @@
 """Selective scan as a TPU kernel: the forward pass, and what it shares with the backward pass.
 
 A vector register holds one state index of 1024 channels, so nothing is broadcast along sublanes and the sum over
-states needs no reduction: a token takes N exponentials, which is all the transcendental unit can do, and 6 N other
-operations. Tokens lie on sublanes in memory; a load with stride 8 collects the 8 x 128 channels of one of them.
-B_t[n] and C_t[n] are spread over the lanes once per block of tokens, for all channels, and read with stride 0.
+states needs no reduction: a token takes N exponentials and 6 N other operations, and both issue in the four slots of
+the vector unit, which bound the kernel. Tokens lie on sublanes in memory; a load with stride 8 collects the 8 x 128
+channels of one of them. B_t[n] and C_t[n] are spread over the lanes once per block of tokens, for all channels, and
+read with stride 0.
 """
 
 import dataclasses
@@ -18,9 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.selective_scan import xla
+from pallas_kernels.tiles import LANES
 
-LANES, SUBLANES = 128, 8
-MAX_TOKENS = 128  # of a chunk or a block: the gradients of B and C keep one token per lane
+SUBLANES = 8
+MAX_TOKENS = 128  # of a chunk or a block: `spread` is unrolled over them
+PASS = 4  # tokens that go through all states together
 STATES_UNROLLED = 16  # more would only make the program longer
 VMEM_LIMIT = 64 * 2**20  # of 128 MiB; the default of 16 does not hold a long chunk's history
 
@@ -45,6 +49,11 @@ class Plan:
     def width(self) -> int:
         """Channels of a block."""
         return self.tiles * LANES
+
+    @property
+    def passes(self) -> list[range]:
+        """The tokens of a group that go through all states together: what belongs to them stays in registers."""
+        return [range(r, min(r + PASS, self.rows)) for r in range(0, self.rows, PASS)]
 
     @property
     def blocks(self) -> int:
@@ -168,10 +177,10 @@ def group_tokens(g):
 
 
 def softplus(v):
-    """log(1 + exp(v)), and exp(-|v|) for its derivative."""
+    """log(1 + exp(v))."""
     e = jnp.exp(-jnp.abs(v))
     wide = 1.0 + e
-    return jnp.maximum(v, 0.0) + (jnp.log(wide) + (e - (wide - 1.0))), e  # the sum's rounding error put back
+    return jnp.maximum(v, 0.0) + (jnp.log(wide) + (e - (wide - 1.0)))  # the sum's rounding error put back
 
 
 def silu(v):
@@ -280,7 +289,7 @@ def _kernel(*refs, s: Static, carried: bool, save: bool):
             if s.bias:
                 step = step + vectors_ref[1:2, lanes(j)]
             if s.dt_softplus:
-                step = softplus(step)[0]
+                step = softplus(step)
             step = select(mask, step)
             steps[tile_rows(j), :] = step
             inputs[tile_rows(j), :] = step * select(mask, x_ref[0, tokens, lanes(j)].astype(jnp.float32))
@@ -289,21 +298,22 @@ def _kernel(*refs, s: Static, carried: bool, save: bool):
         shape = (tiles, LANES)
         entry = functools.partial(s.map_row, table, shape=shape)
 
-        def state(n, y):
-            a, h = A_ref[d, n], h_ref[d, n]
-            y = list(y)
-            for r in range(p.rows):
-                token = g * SUBLANES + r
-                if s.reset:
-                    h = jnp.where(entry(token, 2 * s.states) > 0.0, h, 0.0)
-                h = jnp.exp2(dt[r] * a) * h + u[r] * entry(token, n)
-                y[r] = y[r] + h * entry(token, s.states + n)
-            h_ref[d, n] = h
-            return tuple(y)
+        for rows in p.passes:
 
-        y = for_states(s.states, state, (jnp.zeros(shape, jnp.float32),) * p.rows)
-        for r in range(p.rows):
-            outputs[token_row(r, tiles), :] = y[r]
+            def state(n, y, rows=rows):
+                a, h, y = A_ref[d, n], h_ref[d, n], list(y)
+                for i, r in enumerate(rows):
+                    token = g * SUBLANES + r
+                    if s.reset:
+                        h = jnp.where(entry(token, 2 * s.states) > 0.0, h, 0.0)
+                    h = jnp.exp2(dt[r] * a) * h + u[r] * entry(token, n)
+                    y[i] = y[i] + h * entry(token, s.states + n)
+                h_ref[d, n] = h
+                return tuple(y)
+
+            y = for_states(s.states, state, (jnp.zeros(shape, jnp.float32),) * len(rows))
+            for i, r in enumerate(rows):
+                outputs[token_row(r, tiles), :] = y[i]
 
     def finish(g):
         tokens = group_tokens(g)
@@ -341,6 +351,9 @@ def _kernel(*refs, s: Static, carried: bool, save: bool):
 def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: bool, chunk_size: int, save: bool):
     """Returns (y [B, T, Di], new_state [B, Di, N], boundaries), as `xla.forward` does."""
     supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, dt_softplus=dt_softplus, chunk_size=chunk_size)
+    if x.shape[1] == 1:  # a single token is elementwise: XLA passes over the state once, in the layout that it has
+        given = (x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
+        return xla.forward(*given, dt_softplus=dt_softplus, chunk_size=chunk_size, save=save)
     (batch, length, channels), states = x.shape, A.shape[1]
     p = plan(length, channels, chunk_size)
     tokens = p.chunk * p.block_chunks

@@ -1,8 +1,10 @@
 """Selective scan as a TPU kernel: the backward pass, one chunk at a time from the last to the first.
 
-The states of a chunk are recomputed from its boundary into VMEM, as (a_t, a_t h_{t-1}) for every token; then the
-adjoint recurrence of `xla._scan_chunk_backward` runs through them, eight tokens at a time. The sums over channels that
-dB and dC are take one reduction over lanes per token and state; each lands in the lane of its token.
+The states of a chunk are recomputed from its boundary into VMEM; then the adjoint recurrence of
+`xla._scan_chunk_backward` runs through them. Per token and state that is 23 vector operations, the two exponentials
+included: taking exp(dt A) again is cheaper than a second store. The sums over channels that dB and dC are go through
+memory: the products of eight tokens are written, read with a stride that puts tokens on sublanes, added there, and
+only once per chunk summed over lanes.
 """
 
 import functools
@@ -16,14 +18,21 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.selective_scan import mosaic_tpu as common
+from pallas_kernels.selective_scan import xla
 from pallas_kernels.selective_scan.mosaic_tpu import LANES, SUBLANES, Static, for_states, lanes, select
 
 MAX_HISTORY = 32 * 2**20  # bytes, within common.VMEM_LIMIT
 
 
+def parts_of(tiles: int) -> int:
+    """Sums over the channels of a token are added up in as many parts: a stride over four takes two loads."""
+    return 2 if tiles % 2 == 0 else 1
+
+
 def history_bytes(p: common.Plan, states: int) -> int:
-    """VMEM that the recomputed states of one chunk take."""
-    return 2 * 4 * p.chunk * states * SUBLANES * LANES
+    """VMEM that the recomputed states of one chunk, the products and their sums take."""
+    rows = (p.chunk + 1) * SUBLANES + 2 * SUBLANES * SUBLANES + 2 * p.chunk * parts_of(p.tiles)
+    return 4 * LANES * states * rows
 
 
 def supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *rest, dt_softplus, chunk_size) -> None:
@@ -46,7 +55,9 @@ def _kernel(*refs, s: Static):
     z_ref = refs.pop(0) if s.gate else None
     dx_ref, ddt_ref, dmaps_ref, dA_ref, dvectors_ref, dh_ref = (refs.pop(0) for _ in range(6))
     dz_ref = refs.pop(0) if s.gate else None
-    table, steps, inputs, cotangents, slopes, outputs, dinputs, dsteps, h_ref, bounce, decays, kepts, sums = refs
+    table, steps, inputs, cotangents, slopes, outputs, dinputs, dsteps, h_ref, bounce, *refs = refs
+    history, products, sums = refs
+    parts = parts_of(tiles)
     t, d = pl.program_id(1), pl.program_id(2)
     groups = p.chunk // SUBLANES
     entry = functools.partial(s.map_row, table, shape=shape)
@@ -79,36 +90,33 @@ def _kernel(*refs, s: Static):
             if s.bias:
                 step = step + inside(j, vectors_ref[1:2, lanes(j)])
             if s.dt_softplus:
-                v = step
-                step, e = common.softplus(v)
-                slopes[here] = jnp.where(v < 0.0, e, 1.0) / (1.0 + e)
+                v, step = step, common.softplus(step)
+                slopes[here] = jnp.exp(v - step)  # the sigmoid, small ones with all their digits
             step = select(mask, step)
             steps[here] = step
             inputs[here] = step * x
             cotangents[here] = dy if z_ref is None else dy * common.silu(load(z_ref))
 
     def recompute(g, dt, u):
-        def state(n, y):
-            a, h = A_ref[d, n], h_ref[n]
-            y = list(y)
-            for r in range(p.rows):
-                token = g * SUBLANES + r
-                decay = jnp.exp2(dt[r] * a)
-                if s.reset:
-                    keep = entry(token, 2 * states) > 0.0
-                    decay, h = select(keep, decay), select(keep, h)
-                kept = decay * h
-                decays[token, n], kepts[token, n] = decay, kept
-                h = kept + u[r] * entry(token, n)
-                if s.gate:
-                    y[r] = y[r] + h * entry(token, states + n)
-            h_ref[n] = h
-            return tuple(y)
+        for rows in p.passes:
 
-        y = for_states(states, state, (jnp.zeros(shape, jnp.float32),) * p.rows)
-        if s.gate:
-            for r in range(p.rows):
-                outputs[common.token_row(r, tiles), :] = y[r]
+            def state(n, y, rows=rows):
+                a, h, y = A_ref[d, n], h_ref[n], list(y)
+                for i, r in enumerate(rows):
+                    token = g * SUBLANES + r
+                    if s.reset:
+                        h = select(entry(token, 2 * states) > 0.0, h)
+                    h = jnp.exp2(dt[r] * a) * h + u[r] * entry(token, n)
+                    history[token + 1, n] = h
+                    if s.gate:
+                        y[i] = y[i] + h * entry(token, states + n)
+                h_ref[n] = h
+                return tuple(y)
+
+            y = for_states(states, state, (jnp.zeros(shape, jnp.float32),) * len(rows))
+            if s.gate:
+                for i, r in enumerate(rows):
+                    outputs[common.token_row(r, tiles), :] = y[i]
 
     def gate(g):
         if z_ref is None or dz_ref is None:
@@ -127,38 +135,46 @@ def _kernel(*refs, s: Static):
     def rows_of(scratch, g):
         return [scratch[g, common.token_row(r, tiles), :] for r in range(p.rows)]
 
+    def add_up(i, g):
+        """Adds up products[i] over the channels of equal lane; sublanes are parts of tokens then."""
+        stride = tiles // parts
+        for part in range(parts):
+            first = part * SUBLANES * stride
+            rows = [products[i, pl.ds(first + j, SUBLANES, stride=stride), :] for j in range(stride)]
+            while len(rows) > 1:
+                rows = [sum(rows[k + 1 : k + 2], rows[k]) for k in range(0, len(rows), 2)]
+            sums[i, common.group_tokens(g * parts + part)] += rows[0]
+
     def adjoint(g, dt, u, cotangent):
-        lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - g * SUBLANES
+        for rows in reversed(p.passes):
 
-        def put(total, r, v):
-            return jnp.where(lane == r, jnp.sum(v, axis=1, keepdims=True), total)
+            def state(n, carry, rows=rows):
+                du, ddt = (list(v) for v in carry)
+                a, dh, dA = A_ref[d, n], dh_ref[0, d, n], dA_ref[0, d, n]
+                h = history[g * SUBLANES + rows[-1] + 1, n]
+                for i, r in reversed(list(enumerate(rows))):
+                    token, here = g * SUBLANES + r, pl.ds(r * tiles, tiles)
+                    dh = dh + cotangent[r] * entry(token, states + n)
+                    du[i] = du[i] + dh * entry(token, n)
+                    products[n, here, :], products[states + n, here, :] = dh * u[r], cotangent[r] * h
+                    dh, h = jnp.exp2(dt[r] * a) * dh, history[token, n]
+                    exponent = dh * h
+                    if s.reset:
+                        keep = entry(token, 2 * states) > 0.0
+                        dh, exponent = select(keep, dh), select(keep, exponent)
+                    dA = dA + dt[r] * exponent
+                    ddt[i] = ddt[i] + a * exponent
+                dh_ref[0, d, n], dA_ref[0, d, n] = dh, dA
+                if rows[0] == 0:
+                    add_up(n, g)
+                    add_up(states + n, g)
+                return tuple(du), tuple(ddt)
 
-        def state(n, carry):
-            du, ddt = (list(v) for v in carry)
-            a, dh, dA, dB, dC = A_ref[d, n], dh_ref[0, d, n], dA_ref[0, d, n], sums[n], sums[states + n]
-            products = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
-            for r in reversed(range(p.rows)):
-                token = g * SUBLANES + r
-                kept = kepts[token, n]
-                dh = dh + cotangent[r] * entry(token, states + n)
-                exponent = dh * kept
-                dA = dA + dt[r] * exponent
-                ddt[r] = ddt[r] + a * exponent
-                du[r] = du[r] + dh * entry(token, n)
-                products = put(products[0], r, dh * u[r]), put(products[1], r, cotangent[r] * kept)
-                dh = decays[token, n] * dh
-            dh_ref[0, d, n], dA_ref[0, d, n] = dh, dA
-            sums[n], sums[states + n] = dB + products[0], dC + products[1]
-            return tuple(du), tuple(ddt)
-
-        zeros = (jnp.zeros(shape, jnp.float32),) * p.rows
-        du, ddt = for_states(states, state, (zeros, zeros))
-        diagonal = jnp.zeros(shape, jnp.float32)  # what u_t B_t, the part of h_t that `kept` lacks, adds to dC_t
-        for r in range(p.rows):
-            dinputs[common.token_row(r, tiles), :] = du[r]
-            dsteps[common.token_row(r, tiles), :] = ddt[r]
-            diagonal = put(diagonal, r, cotangent[r] * u[r])
-        sums[2 * states] = sums[2 * states] + diagonal
+            zeros = (jnp.zeros(shape, jnp.float32),) * len(rows)
+            du, ddt = for_states(states, state, (zeros, zeros))
+            for i, r in enumerate(rows):
+                dinputs[common.token_row(r, tiles), :] = du[i]
+                dsteps[common.token_row(r, tiles), :] = ddt[i]
 
     def finish(g):
         tokens = common.group_tokens(g)
@@ -183,7 +199,7 @@ def _kernel(*refs, s: Static):
     for j, (rows, within, columns) in enumerate(common.bounce_tiles(states, tiles)):
         bounce[rows, :] = inside(j % tiles, boundary_ref[0, 0, within, columns])
     for n in range(states):
-        h_ref[n] = bounce[common.bounce_row(n, tiles), :]
+        history[0, n] = h_ref[n] = bounce[common.bounce_row(n, tiles), :]
 
     prepare(0)
 
@@ -204,8 +220,9 @@ def _kernel(*refs, s: Static):
 
     @pl.when(d == pl.num_programs(2) - 1)
     def _():
-        for i in range(2 * states + 1):
-            dmaps_ref[0, 0, pl.ds(i, 1), :] = jnp.sum(sums[i], axis=0, keepdims=True)
+        for i in range(2 * states):
+            total = sum(sums[i, pl.ds(k, p.chunk, stride=parts), :] for k in range(parts))
+            dmaps_ref[0, :, i : i + 1] = jnp.sum(total, axis=1, keepdims=True)
 
 
 def backward(
@@ -230,6 +247,8 @@ def backward(
     """Returns the gradients of (x, dt, A, B, C, D, z, dt_bias, state), as `xla.backward` does."""
     given = (x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
     supports(*given, dt_softplus=dt_softplus, chunk_size=chunk_size)
+    if x.shape[1] == 1:
+        return xla.backward(*given, boundaries, dy, dstate, dt_softplus=dt_softplus, chunk_size=chunk_size)
     (batch, length, channels), states = x.shape, A.shape[1]
     p = common.plan(length, channels, chunk_size)
     reset, valid = common.flags(reset, valid, length, p)
@@ -259,13 +278,12 @@ def backward(
         by_channel,
         row_spec(*whole),
     ]
-    sums = (2 * states + 1, LANES)
     outs = [
         (jax.ShapeDtypeStruct((batch, p.time, p.channels), x.dtype), by_channel),
         (jax.ShapeDtypeStruct((batch, p.time, p.channels), dt.dtype), by_channel),
         (
-            jax.ShapeDtypeStruct((batch, p.chunks, *sums), jnp.float32),
-            pl.BlockSpec((1, 1, *sums), lambda b, t, d: (b, last - t, 0, 0)),
+            jax.ShapeDtypeStruct((batch, p.time, 2 * states), jnp.float32),
+            pl.BlockSpec((1, p.chunk, 2 * states), lambda b, t, d: (b, last - t, 0)),
         ),
         (jax.ShapeDtypeStruct((batch, *whole), jnp.float32), row_spec(*whole)),
         (jax.ShapeDtypeStruct((batch, *totals), jnp.float32), row_spec(*totals)),
@@ -276,9 +294,9 @@ def backward(
         specs.append(by_channel)
         outs.append((jax.ShapeDtypeStruct((batch, p.time, p.channels), z.dtype), by_channel))
     groups, group = p.chunk // SUBLANES, (p.tiles * SUBLANES, LANES)
-    history = (p.chunk, *whole[1:])
     shapes = [(p.chunk * s.rows, LANES), *[(groups, *group)] * 4, *[group] * 3, whole[1:]]
-    shapes += [common.bounce_shape(p, states), history, history, (sums[0], *whole[2:])]
+    shapes += [common.bounce_shape(p, states), (p.chunk + 1, *whole[1:])]
+    shapes += [(2 * states, *group), (2 * states, p.chunk * parts_of(p.tiles), LANES)]
     dx, ddt, dmaps, dA, dvectors, dh, *dz = pl.pallas_call(
         functools.partial(_kernel, s=s),
         grid=(batch, p.chunks, p.blocks),
@@ -292,9 +310,7 @@ def backward(
         interpret=interpret.parameters(),
         name="selective_scan_backward",
     )(*arrays)
-    dmaps = jnp.swapaxes(dmaps[..., : p.chunk], 2, 3).reshape(batch, p.time, -1)[:, :length]
-    dB, dC, diagonal = dmaps[..., :states], dmaps[..., states:-1], dmaps[..., -1:]
-    dC = dC + diagonal * jnp.swapaxes(maps, 2, 3).reshape(batch, p.time, -1)[:, :length, :states]
+    dB, dC = jnp.split(dmaps[:, :length], 2, axis=-1)
     dvectors = jnp.sum(dvectors.reshape(batch, p.blocks, 2, p.tiles, SUBLANES, LANES), axis=(0, 4))
     dD, dbias = jnp.moveaxis(dvectors, 1, 0).reshape(2, -1)[:, :channels]
     return (

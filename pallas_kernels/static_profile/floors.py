@@ -18,12 +18,13 @@ Floor = Mapping[str, float]
 def selective_scan(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     """Per token, channel and state one exponential; a multiplication with dt, the recurrence, and the input's term.
 
-    The contraction with C (forward), and those with B and C of the gradients, may go to the matrix unit. The backward
-    pass takes the exponentials again, runs the recurrence again and its adjoint, and multiplies out dA and d(dt).
+    An exponential takes an issue slot of the vector unit as well. The contraction with C (forward), and those with B
+    and C of the gradients, may go to the matrix unit. The backward pass takes the exponentials again, runs the
+    recurrence again and its adjoint, and multiplies out and adds up dA and d(dt), each element by element.
     """
     elements = shape.batch * shape.time * shape.channels * shape.states
-    # dt A, exp(.) h, (dt x) B, +  |  again; a dh, C dy, +; dh h a: 2; A: 1 product; dt: product and sum
-    operations = 12 if backward else 4
+    # dt A, exp, a h, (dt x) B, +  |  again; C dy, +, a dh; e = a dh h; dA: dt e, +; d(dt): A e, +
+    operations = 13 if backward else 5
     return _bounds(chip, vpu=operations * elements, eup=elements, hbm=_traffic(shape, backward, ("x",)))
 
 
