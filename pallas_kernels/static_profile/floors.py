@@ -78,6 +78,8 @@ def softmax_topk(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     elements = shape.rows * shape.columns
     traffic = elements * jnp.dtype(shape.dtype).itemsize * (2 if backward else 1)
     return _bounds(chip, vpu=(2 if backward else 3) * elements, eup=elements, hbm=traffic)
+
+
 def ternary_matmul(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     """M x K x N products at the int8 rate; weights of two bits, activations, scales and result once through memory.
 
