@@ -8,16 +8,16 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.taylor_linear_attention import features, reference, xla
+from pallas_kernels.taylor_linear_attention import features, mosaic_tpu, mosaic_tpu_backward, reference, xla
 
 DEFAULT_CHUNK_SIZE = 256
 EPS = 1e-12
 
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
+BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
-FORWARD_SUPPORTS: dict[str, Any] = {}
-BACKWARD_SUPPORTS: dict[str, Any] = {}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports_forward}
+BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu_backward.supports_backward}
 NAMES = ("reference", *FORWARD)
 
 
@@ -61,7 +61,7 @@ def taylor_linear_attention(
       valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold
         there is ignored, `reset` included. None when there is no padding.
       chunk_size: tokens between two saved states; None takes 256.
-      implementation: "reference", "xla" or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
 
     Returns:
       y: [B, T, H, V] in the dtype of v.
