@@ -53,8 +53,8 @@ def supports(q, k, v, chunk_size: int) -> None:
     if chunk_size < length and chunk_size % LANES:
         least = -(-chunk_size // LANES) * LANES
         refuse(f"cut registers: chunk_size={chunk_size} must be a multiple of {LANES}, such as {min(least, MAX_CHUNK)}")
-    if chunk_size > MAX_CHUNK:
-        refuse(f"hold the scores of a chunk in VMEM: chunk_size={chunk_size} must be at most {MAX_CHUNK}")
+    if chunk_size > MAX_CHUNK:  # `chunk_size` is at most T
+        refuse(f"hold the code of a chunk: T={length} and chunk_size={chunk_size} must not both exceed {MAX_CHUNK}")
 
 
 def supports_forward(q, k, v, state, reset, valid, *, scale: float, eps: float, chunk_size: int, save: bool) -> None:
