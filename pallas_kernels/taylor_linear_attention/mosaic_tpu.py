@@ -107,6 +107,11 @@ def where(mask, x):
     return x if mask is None else jnp.where(mask, x, 0.0)
 
 
+def load(ref, tile: int, head: int, valid):
+    """The tokens of one tile in float32, zeros at padding, where memory may hold anything."""
+    return where(valid, ref[head, :, tile * TILE : (tile + 1) * TILE].astype(jnp.float32))
+
+
 def turned(x, turn: int):
     """x_{a + turn} at row a, for [K, C]."""
     return x if turn == 0 else pltpu.roll(x, x.shape[0] - turn, 0)
@@ -122,8 +127,7 @@ def expand(x, scale: float):
 
 def with_ones(v, valid):
     """Values [V, C] with the row that counts the tokens, float32 [V + 1, C]."""
-    ones = jnp.ones((1, v.shape[1]), jnp.float32)
-    return jnp.concatenate([v.astype(jnp.float32), where(valid, ones)], axis=0)
+    return jnp.concatenate([v, where(valid, jnp.ones((1, v.shape[1]), jnp.float32))], axis=0)
 
 
 def pipeline(steps, start, finish) -> None:
@@ -152,11 +156,10 @@ def _forward_kernel(*refs, scale: float, eps: float, masked: bool, save: bool, d
     seen = [masks(documents, block, tile, tiles) for tile in range(tiles)]
 
     def start(tile, head):
-        lanes = slice(tile * TILE, (tile + 1) * TILE)
-        q, k, u = q_ref[head, :, lanes], k_ref[head, :, lanes], with_ones(v_ref[head, :, lanes], seen[tile].valid)
+        q, k, v = (load(ref, tile, head, seen[tile].valid) for ref in (q_ref, k_ref, v_ref))
         s = contract(k.astype(dtype), q.astype(dtype), 0, 0)  # [key, query], not scaled
-        phi_q, phi_k = (expand(x.astype(jnp.float32), scale).astype(dtype) for x in (q, k))
-        return s, phi_q, phi_k, u
+        phi_q, phi_k = (expand(x, scale).astype(dtype) for x in (q, k))
+        return s, phi_q, phi_k, with_ones(v, seen[tile].valid)
 
     def finish(tile, head, s, phi_q, phi_k, u):
         lanes, see, state = slice(tile * TILE, (tile + 1) * TILE), seen[tile], state_ref[head]
@@ -176,7 +179,7 @@ def _forward_kernel(*refs, scale: float, eps: float, masked: bool, save: bool, d
 
 
 class Layout:
-    """Arrays as the kernels take them, [B, H, width, T] with T filled up to whole chunks, and their block specs."""
+    """Arrays as the kernels take them, [B, H, width, T], and their block specs; behind the end of T is padding."""
 
     def __init__(self, q, v, reset, valid, chunk_size: int, *, reverse: bool = False):
         self.batch, self.length, self.heads, self.key = q.shape
@@ -185,14 +188,13 @@ class Layout:
         self.chunks = -(-self.length // self.size)
         self.block = choose_heads(self.heads, self.size // TILE, state_bytes(self.key, self.value))
         self.order = (lambda t: self.chunks - 1 - t) if reverse else (lambda t: t)
-        self.valid = valid
         self.documents: tuple[jax.Array, ...] = ()
         if reset is not None or valid is not None or self.padding:
             self.documents = self._documents(reset, valid)
 
     @property
     def padding(self) -> int:
-        """Tokens that T is filled up with."""
+        """Tokens of the last chunk behind the end of T."""
         return self.chunks * self.size - self.length
 
     @property
@@ -212,19 +214,16 @@ class Layout:
         return ends[:, None], marks[:, None]
 
     def transpose(self, x):
-        """[B, T, H, width] in that layout, zeros at padding."""
-        if self.valid is not None:
-            x = jnp.where(self.valid[..., None, None], x, 0)
-        x = jnp.transpose(x, (0, 2, 3, 1))
-        return x if not self.padding else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.padding)))
+        """[B, T, H, width] in that layout: how the compiler lays out such arrays anyway."""
+        return jnp.transpose(x, (0, 2, 3, 1))
 
     def restore(self, x):
         """The inverse of `transpose`."""
-        return jnp.transpose(x[..., : self.length], (0, 3, 1, 2))
+        return jnp.transpose(x, (0, 3, 1, 2))
 
     def rows(self, width: int) -> jax.ShapeDtypeStruct:
         """Shape of [B, H, width, T] in float32."""
-        return jax.ShapeDtypeStruct((self.batch, self.heads, width, self.chunks * self.size), jnp.float32)
+        return jax.ShapeDtypeStruct((self.batch, self.heads, width, self.length), jnp.float32)
 
     def spec(self, width: int) -> pl.BlockSpec:
         """Block of `transpose`d arrays."""
@@ -295,5 +294,5 @@ def forward(q, k, v, state, reset, valid, *, scale: float, eps: float, chunk_siz
         out_specs,
         2 * q.size // at.key * (at.value + 1) * (2 * features.count(at.key) + at.size),
     )
-    residuals = (saved[0], saved[1][:, :, 0, : at.length]) if save else None
+    residuals = (saved[0], saved[1][:, :, 0]) if save else None
     return at.restore(y), new_state, residuals

@@ -19,6 +19,7 @@ from pallas_kernels.taylor_linear_attention.mosaic_tpu import (
     TILE,
     Layout,
     expand,
+    load,
     masks,
     operand_dtype,
     pipeline,
@@ -49,7 +50,8 @@ def _pull(x, g, scale: float):
 
 def _backward_kernel(*refs, scale: float, masked: bool, dtype):
     documents, refs = (refs[:2], refs[2:]) if masked else ((), refs)
-    q_ref, k_ref, v_ref, dy_ref, rows_ref, boundary_ref, after_ref, dq_ref, dk_ref, dv_ref, dstate_ref, *between = refs
+    q_ref, k_ref, v_ref, y_ref, dy_ref, denominators_ref, boundary_ref, after_ref, *refs = refs
+    dq_ref, dk_ref, dv_ref, dstate_ref, *between = refs
     heads, tiles = q_ref.shape[0], q_ref.shape[2] // TILE
     block = pl.num_programs(2) - 1 - pl.program_id(2)
 
@@ -60,21 +62,22 @@ def _backward_kernel(*refs, scale: float, masked: bool, dtype):
     seen = [masks(documents, block, tile, tiles) for tile in range(tiles)]
     states = [boundary_ref, *(between[0].at[tile] for tile in range(tiles - 1))]  # before every tile
 
-    def load(ref, tile, head):
-        return ref[head, :, tile * TILE : (tile + 1) * TILE]
-
     for tile in range(tiles - 1):
         for head in range(heads):
-            u = with_ones(load(v_ref, tile, head), seen[tile].valid)
-            phi_k = expand(load(k_ref, tile, head).astype(jnp.float32), scale).astype(dtype)
+            k, v = (load(ref, tile, head, seen[tile].valid) for ref in (k_ref, v_ref))
+            u, phi_k = with_ones(v, seen[tile].valid), expand(k, scale).astype(dtype)
             added = contract(phi_k, where(seen[tile].kept, u).astype(dtype), 1, 1)
             states[tile + 1][head] = where(seen[tile].through, states[tile][head]) + added
 
     def start(tile, head):
-        see, rows = seen[tile], load(rows_ref, tile, head)
-        q, k = (load(ref, tile, head).astype(dtype) for ref in (q_ref, k_ref))
-        u = with_ones(load(v_ref, tile, head), see.valid)
-        g = jnp.concatenate([load(dy_ref, tile, head).astype(jnp.float32) * rows[:1], rows[1:]], axis=0)
+        see = seen[tile]
+        q, k, v, y, dy = (load(ref, tile, head, see.valid) for ref in (q_ref, k_ref, v_ref, y_ref, dy_ref))
+        denominators = denominators_ref[head, :, tile * TILE : (tile + 1) * TILE]
+        if see.valid is not None:
+            denominators = jnp.where(see.valid, denominators, 1.0)
+        dy *= 1.0 / denominators
+        g = jnp.concatenate([dy, -jnp.sum(dy * y, axis=0, keepdims=True)], axis=0)
+        q, k, u = q.astype(dtype), k.astype(dtype), with_ones(v, see.valid)
         s = contract(k, q, 0, 0)  # [key, query], not scaled
         dw = contract(u.astype(dtype), g.astype(dtype), 0, 0)
         weights = jnp.where(see.own, 1.0 + s * (scale + 0.5 * scale**2 * s), 0.0).astype(dtype)
@@ -105,18 +108,14 @@ def backward(q, k, v, state, reset, valid, y, residuals, dy, dstate, *, scale: f
         return xla.backward(*arrays, y, residuals, dy, dstate, scale=scale, chunk_size=chunk_size)
     boundaries, denominators = residuals
     at = Layout(q, v, reset, valid, chunk_size, reverse=True)
-    dy = dy if valid is None else jnp.where(valid[..., None, None], dy, 0)
-    inverse = 1.0 / jnp.swapaxes(denominators, 1, 2)[..., None]  # [B, T, H, 1]
-    delta = -jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True) * inverse
-    rows = at.transpose(jnp.concatenate([inverse, delta], axis=-1))
     shapes = [jax.ShapeDtypeStruct(at.rows(x.shape[3]).shape, x.dtype) for x in (q, k, v)]
     key, value, tiles = at.spec(at.key), at.spec(at.value), at.size // TILE
     between = (tiles - 1, at.block, *at.state_shape[2:])
     dq, dk, dv, dstate = at.call(
         functools.partial(_backward_kernel, scale=scale, masked=bool(at.documents), dtype=operand_dtype(q, k, v)),
         "taylor_linear_attention_backward",
-        (*(at.transpose(x) for x in (q, k, v, dy)), rows, boundaries, dstate),
-        (key, key, value, value, at.spec(2), at.boundary_spec, at.state_spec),
+        (*(at.transpose(x) for x in (q, k, v, y, dy)), denominators[:, :, None], boundaries, dstate),
+        (key, key, value, value, value, at.spec(1), at.boundary_spec, at.state_spec),
         [*shapes, jax.ShapeDtypeStruct(at.state_shape, jnp.float32)],
         [key, key, value, at.state_spec],
         2 * dy.size // at.value * (at.value + 1) * (5 * features.count(at.key) + 3 * TILE),
