@@ -77,23 +77,25 @@ def taylor_linear_attention(
     _check(q, k, v, state, reset, valid)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"taylor_linear_attention: chunk_size must be an int >= 1 or None, got {chunk_size!r}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not _is_finite(scale) or scale <= 0:
-        raise ValueError(f"taylor_linear_attention: scale must be a positive Python number or None, got {scale!r}")
-    if not _is_finite(eps) or eps < 0:
-        raise ValueError(f"taylor_linear_attention: eps must be a Python number >= 0, such as {EPS}, got {eps!r}")
+    factor: float = _number("scale", q.shape[-1] ** -0.5 if scale is None else scale)
+    if factor <= 0:
+        raise ValueError(f"taylor_linear_attention: scale must be > 0, or None for K ** -0.5, got {scale!r}")
+    eps = _number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"taylor_linear_attention: eps must be >= 0, such as {EPS}, got {eps!r}")
     if reset is not None and valid is not None:
         reset = reset & valid
     arrays = (q, k, v, state, reset, valid)
-    scale, eps = float(scale), float(eps)
     if implementation == "reference":
-        return reference.forward(*arrays, scale=scale, eps=eps)
+        return reference.forward(*arrays, scale=factor, eps=eps)
     chunk = min(chunk_size or DEFAULT_CHUNK_SIZE, q.shape[1])
-    return _taylor_linear_attention(scale, eps, chunk, implementation, *arrays)
+    return _taylor_linear_attention(factor, eps, chunk, implementation, *arrays)
 
 
-def _is_finite(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+def _number(name: str, x) -> float:
+    if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+        raise ValueError(f"taylor_linear_attention: {name} must be a finite Python number, got {x!r}")
+    return float(x)
 
 
 def _check(q, k, v, state, reset, valid) -> None:

@@ -51,6 +51,8 @@ MODELS = {
     "based_1.3b_decode": TaylorShape(16, 1, 16, 16, 112, carried=True),
 }
 
+PROFILE = ("based_360m", "based_1.3b_packed")
+
 TINY = {
     "chunks": TaylorShape(2, 64, 2, 4, 8, dtype=jnp.float32),
     "odd": TaylorShape(3, 37, 2, 5, 3, carried=True, dtype=jnp.float32),

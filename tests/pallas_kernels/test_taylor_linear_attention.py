@@ -399,8 +399,10 @@ def test_the_floor():
         ({"reset": np.zeros((2, 5), np.int32)}, "reset must have dtype bool, got int32"),
         ({"valid": np.zeros((2, 6), bool)}, r"valid must have shape \[B=2, T=5\]"),
         ({"chunk_size": 0}, "chunk_size must be an int >= 1"),
-        ({"scale": -1.0}, "scale must be a positive Python number or None, got -1.0"),
-        ({"eps": -1e-6}, "eps must be a Python number >= 0, such as 1e-12, got -1e-06"),
+        ({"scale": -1.0}, "scale must be > 0, or None for K .* got -1.0"),
+        ({"scale": "1"}, "scale must be a finite Python number, got '1'"),
+        ({"eps": -1e-6}, "eps must be >= 0, such as 1e-12, got -1e-06"),
+        ({"eps": float("nan")}, "eps must be a finite Python number, got nan"),
         ({"implementation": "xls"}, "did you mean 'xla'"),
     ],
 )

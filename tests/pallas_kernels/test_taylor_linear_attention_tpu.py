@@ -26,7 +26,8 @@ from tests.pallas_kernels.tpu import compile_op, count_kernels, simulate
 VALUE_TOLERANCE = 2e-6  # float32, relative to the largest magnitude; tiles are summed in another order
 GRADIENT_TOLERANCE = 1e-5
 # Features, weights and states are rounded to 8 bits of mantissa before they are multiplied, then the result is.
-BFLOAT16_TOLERANCE = 2.0**-6
+BFLOAT16_TOLERANCE = 2.0**-7
+BFLOAT16_GRADIENT_TOLERANCE = 2.0**-6
 CHUNK = 2 * TILE
 
 draw = functools.partial(plain.draw, heads=1, key=16, value=24)
@@ -50,7 +51,7 @@ def check(args, reset=None, valid=None, **options):
 @pytest.mark.parametrize("length", [1, TILE - 1, TILE, TILE + 1, CHUNK + 1])
 def test_any_length(length):
     with interpret():
-        check(draw(1, length, heads=2 if length == TILE + 1 else 1, seed=length))
+        check(draw(1, length, seed=length))
 
 
 @pytest.mark.parametrize("layout", ["packed", "left", "between", "empty"])
@@ -102,7 +103,7 @@ def test_bfloat16_inputs_with_float32_state(masked):
     assert (out[0].dtype, out[1].dtype) == (jnp.bfloat16, jnp.float32)
     assert_close(out, loop(rounded, reset, valid), BFLOAT16_TOLERANCE)
     for name, gradient in expected.items():
-        assert_close(gradients[name], gradient, BFLOAT16_TOLERANCE, name)
+        assert_close(gradients[name], gradient, BFLOAT16_GRADIENT_TOLERANCE, name)
 
 
 def test_transformations():
@@ -126,8 +127,8 @@ def test_twice_in_one_program():
 
 
 def test_either_backward_takes_the_residuals_of_either_forward():
-    args = draw(2, TILE + 5)
-    reset, valid = masks("between", 2, TILE + 5)
+    args = draw(1, TILE + 5)
+    reset, valid = masks("between", 1, TILE + 5)
     arrays = (*(args[n] for n in (*BY_TOKEN, "state")), reset, valid)
     static = {"scale": 0.3, "chunk_size": TILE}
     forward = {"eps": 1e-12, "save": True} | static
