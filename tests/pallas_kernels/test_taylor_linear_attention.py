@@ -312,7 +312,7 @@ def test_bfloat16_inputs_with_float32_state(length):
 
 
 def test_transformations():
-    args = draw(2, CHUNK + 4)
+    args = draw(2, 2 * CHUNK)
     check_transformations(run, args, draw_cotangents(args), GRADIENT_TOLERANCE, name="v")
 
 
@@ -360,8 +360,16 @@ def test_lowers_for_accelerators(name):
     def step(args):
         return jax.value_and_grad(lambda a: jnp.sum(taylor_linear_attention(**a)[0]), allow_int=True)(args)
 
-    exported = jax.export.export(jax.jit(step), platforms=["tpu", "cuda"])(TINY[name].arrays())
-    assert exported.platforms == ("tpu", "cuda")
+    for platform in ("cpu", "tpu", "cuda"):  # one at a time: JAX lowers every branch for all the platforms of an export
+        exported = jax.export.export(jax.jit(step), platforms=[platform])(TINY[name].arrays())
+        kernels = 2 if platform == "tpu" and name != "decode" else 0
+        assert exported.mlir_module().count("stablehlo.custom_call @tpu_custom_call") == kernels
+
+
+def test_without_a_kernel_for_the_widths_the_default_is_xla():
+    args = jax.tree.map(jnp.asarray, draw(1, 3))  # K = 5
+    exported = jax.export.export(jax.jit(lambda a: taylor_linear_attention(**a)), platforms=["tpu"])(args)
+    assert "tpu_custom_call" not in exported.mlir_module()
 
 
 def test_shapes_are_accepted_by_the_op():
