@@ -98,6 +98,23 @@ def rms_norm_quantize(shape: Any, chip: Chip, backward: bool = False) -> Floor:
         raise ValueError("rms_norm_quantize has no backward pass of its own")
     elements = shape.rows * shape.width
     return _bounds(chip, vpu=6 * elements, hbm=_traffic(shape, backward, ()) + elements + 4 * shape.rows)
+def taylor_linear_attention(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """Per token and head, F = K (K + 1) / 2 + K + 1 features of k times V + 1 numbers are added to the state.
+
+    The outputs take as much again, or one product over K and one over V + 1 per causal pair where that is less. The
+    backward pass multiplies the state and its cotangent, or makes it, four times; or takes three products over K and
+    two over V + 1 per pair. The vector unit multiplies out the products among the features of q and k, twice when it
+    goes back through them.
+    """
+    tokens, pairs = shape.batch * shape.heads * shape.time, (shape.time + 1) / 2  # pairs per token
+    products = shape.key * (shape.key + 1) // 2
+    by_state = 2 * (products + shape.key + 1) * (shape.value + 1)
+    if backward:
+        flops = min(4 * by_state, 2 * pairs * (3 * shape.key + 2 * (shape.value + 1)))
+    else:
+        flops = by_state + min(by_state, 2 * pairs * (shape.key + shape.value + 1))
+    operations = (4 if backward else 2) * products
+    return _bounds(chip, mxu=flops * tokens, vpu=operations * tokens, hbm=_traffic(shape, backward, ("v",)))
 
 
 FLOORS: Mapping[str, Callable[..., Floor]] = {
@@ -108,6 +125,7 @@ FLOORS: Mapping[str, Callable[..., Floor]] = {
     "softmax_topk": softmax_topk,
     "ternary_matmul": ternary_matmul,
     "rms_norm_quantize": rms_norm_quantize,
+    "taylor_linear_attention": taylor_linear_attention,
 }
 
 
