@@ -2,23 +2,23 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.mlstm import reference, xla
+from pallas_kernels.mlstm import mosaic_tpu, mosaic_tpu_backward, reference, xla
 from pallas_kernels.mlstm.gates import MAX_CHUNK
 
 MIN_CHUNK = 128
 MIN_EPS = 1e-30
 
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
+BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
-FORWARD_SUPPORTS: dict[str, Any] = {}
-BACKWARD_SUPPORTS: dict[str, Any] = {}
+FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_forward}
+BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports}
 NAMES = ("reference", *FORWARD)
 
 
@@ -71,7 +71,7 @@ def mlstm(
       valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold
         there is ignored, `reset` included. None when there is no padding.
       chunk_size: tokens between two saved states, at most 256; None takes 128 or 256, by K and V.
-      implementation: "reference", "xla" or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
 
     Returns:
       y: [B, T, H, V] in the dtype of v.
