@@ -309,7 +309,7 @@ def forward(q, k, v, i, f, C, n, m, reset, valid, *, scale: float, eps: float, c
     if q.shape[1] == 1:  # a single token is elementwise: XLA fuses it with its neighbours
         return xla.forward(q, k, v, i, f, C, n, m, reset, valid, **static, chunk_size=chunk_size, save=save)
     # Without states to save, short chunks are fewer products.
-    p = plan(q, k, v, reset, valid, chunk_size if save else LANES)
+    p = plan(q, k, v, reset, valid, chunk_size)
     fresh, (key, value) = C is None, (q.shape[-1], v.shape[-1])
     m = jnp.zeros((p.batch, p.heads), jnp.float32) if m is None else m
     g = gates.prepare(i, f, m, reset, valid, p.chunk)
