@@ -215,11 +215,11 @@ class Numbers:
         """[1, 1] weight of the state before the chunk in that after it."""
         return self._rows[INTER : INTER + 1, self.p.chunk - 1 :]
 
-    def load(self, ref):
-        """Tokens in the dtype of the products, zeros at padding."""
-        x = ref[...]
+    def load(self, ref, block: slice = slice(None)):
+        """Tokens in the dtype of the products, zeros at padding; to be called where they are used, or they spill."""
+        x = ref[block, :]
         if self.p.masked:
-            x = jnp.where(self.column(DOCUMENT) >= 0, x, jnp.zeros_like(x))
+            x = jnp.where(self.column(DOCUMENT, block) >= 0, x, jnp.zeros_like(x))
         return x.astype(self.p.dtype)
 
     def carried(self, weight, x):
@@ -270,21 +270,20 @@ def _forward_kernel(*refs, p: Plan, scale: float, eps: float, fresh: bool, save:
         boundary[...] = ref[...]
 
     g = Numbers(gates_ref, p)
-    q, k, v = g.load(q_ref), g.load(k_ref), g.load(v_ref)
-    C, n = C_ref[...], n_ref[...]
-    rounded = C.astype(p.dtype)
+    n = n_ref[...]
     for block in blocks(p):
-        rows, stop = q[block], block.stop
-        scores = g.weights(block) * dot(rows, k[:stop], (1, 1))
-        factor, _ = g.normaliser(scores, rows, n, block, scale, eps)
-        y = g.carried(g.column(INTER, block), dot(rows, rounded)) + dot(scores.astype(p.dtype), v[:stop])
+        seen, q = slice(0, block.stop), g.load(q_ref, block)
+        scores = g.weights(block) * dot(q, g.load(k_ref, seen), (1, 1))
+        factor, _ = g.normaliser(scores, q, n, block, scale, eps)
+        y = g.carried(g.column(INTER, block), dot(q, C_ref[...].astype(p.dtype)))
+        y = y + dot(scores.astype(p.dtype), g.load(v_ref, seen))
         y = y * (scale * factor)
         if p.masked:
             y = jnp.where(g.column(DOCUMENT, block) >= 0, y, 0.0)
         y_ref[block, :] = y.astype(y_ref.dtype)
-    written = k.astype(jnp.float32) * g.column(OUTER)
+    written = g.load(k_ref).astype(jnp.float32) * g.column(OUTER)
     n_ref[...] = g.carried(g.decay, n) + jnp.sum(written, axis=0, keepdims=True)
-    C_ref[...] = g.carried(g.decay, C) + dot(written.astype(p.dtype), v, (0, 0))
+    C_ref[...] = g.carried(g.decay, C_ref[...]) + dot(written.astype(p.dtype), g.load(v_ref), (0, 0))
 
     @pl.when(pl.program_id(2) == p.chunks - 1)
     def _():
@@ -308,7 +307,6 @@ def forward(q, k, v, i, f, C, n, m, reset, valid, *, scale: float, eps: float, c
     static = {"scale": scale, "eps": eps}
     if q.shape[1] == 1:  # a single token is elementwise: XLA fuses it with its neighbours
         return xla.forward(q, k, v, i, f, C, n, m, reset, valid, **static, chunk_size=chunk_size, save=save)
-    # Without states to save, short chunks are fewer products.
     p = plan(q, k, v, reset, valid, chunk_size)
     fresh, (key, value) = C is None, (q.shape[-1], v.shape[-1])
     m = jnp.zeros((p.batch, p.heads), jnp.float32) if m is None else m

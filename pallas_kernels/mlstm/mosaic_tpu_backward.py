@@ -69,32 +69,31 @@ def _kernel(*refs, p: Plan, scale: float, eps: float):
         dn_ref[...] = dn_last_ref[...]
 
     g = Numbers(gates_ref, p)
-    q, k, v, dy = (g.load(ref) for ref in (q_ref, k_ref, v_ref, dy_ref))
-    C, n, dC, dn = C_ref[...], n_ref[...], dC_ref[...], dn_ref[...]
-    C_rounded, dC_rounded = C.astype(p.dtype), dC.astype(p.dtype)
+    n, dn = n_ref[...], dn_ref[...]
     dk, dv, dnumerators, ddenominators, crossings, dms = [], [], [], [], [], []
     leaving, between = (jnp.zeros((1, p.chunk), jnp.float32) for _ in range(2))
     for block in blocks(p):
-        q_rows, stop, inter = q[block], block.stop, g.column(INTER, block)
+        stop, inter = block.stop, g.column(INTER, block)
+        seen, q, dy = slice(0, stop), g.load(q_ref, block), g.load(dy_ref, block).astype(jnp.float32)
         weights = g.weights(block)
-        scores = weights * dot(q_rows, k[:stop], (1, 1))
-        factor, sign = g.normaliser(scores, q_rows, n, block, scale, eps)
-        delta = total(dy[block].astype(jnp.float32) * y_ref[block, :].astype(jnp.float32))
+        scores = weights * dot(q, g.load(k_ref, seen), (1, 1))
+        factor, sign = g.normaliser(scores, q, n, block, scale, eps)
+        delta = total(dy * y_ref[block, :].astype(jnp.float32))
         if p.masked:
             delta = jnp.where(g.column(DOCUMENT, block) >= 0, delta, 0.0)
         dfactor = -factor * delta
-        dnumerator = (dy[block].astype(jnp.float32) * (scale * factor)).astype(p.dtype)
+        dnumerator = (dy * (scale * factor)).astype(p.dtype)
         ddenominator = scale * dfactor * sign
-        dscores = dot(dnumerator, v[:stop], (1, 1)) + ddenominator
+        dscores = dot(dnumerator, g.load(v_ref, seen), (1, 1)) + ddenominator
         flow = scores * dscores
         token = lax.broadcasted_iota(jnp.int32, flow.shape, 0) + block.start
         apart = jnp.where(token == lax.broadcasted_iota(jnp.int32, flow.shape, 1), 0.0, flow)
         dproducts = (weights * dscores).astype(p.dtype)
-        dq_in = g.carried(inter, dot(dnumerator, C_rounded, (1, 1)) + ddenominator * n)
-        dq_ref[block, :] = (dot(dproducts, k[:stop]) + dq_in).astype(dq_ref.dtype)
-        dk = _add(dk, dot(dproducts, q_rows, (0, 0)), stop)
+        dq_in = g.carried(inter, dot(dnumerator, C_ref[...].astype(p.dtype), (1, 1)) + ddenominator * n)
+        dq_ref[block, :] = (dot(dproducts, g.load(k_ref, seen)) + dq_in).astype(dq_ref.dtype)
+        dk = _add(dk, dot(dproducts, q, (0, 0)), stop)
         dv = _add(dv, dot(scores.astype(p.dtype), dnumerator, (0, 0)), stop)
-        crossings.append(total(apart) + total(q_rows.astype(jnp.float32) * dq_in))
+        crossings.append(total(apart) + total(q.astype(jnp.float32) * dq_in))
         dms.append(eps * dfactor)
         dnumerators.append(dnumerator)
         ddenominators.append(ddenominator)
@@ -104,20 +103,21 @@ def _kernel(*refs, p: Plan, scale: float, eps: float):
             for row, x in ((leaving, flow), (between, apart))
         )
     outer = g.column(OUTER)
-    dk_out = outer * (dot(v, dC_rounded, (1, 1)) + dn)
+    dk_out = outer * (dot(g.load(v_ref), dC_ref[...].astype(p.dtype), (1, 1)) + dn)
     dk_ref[...] = (jnp.concatenate(dk, axis=0) + dk_out).astype(dk_ref.dtype)
-    dv_ref[...] = (jnp.concatenate(dv, axis=0) + outer * dot(k, dC_rounded)).astype(dv_ref.dtype)
-    departing = total(k.astype(jnp.float32) * dk_out)
-    carried = total(jnp.sum(C * dC, axis=0, keepdims=True)) + total(n * dn)
+    departing = total(g.load(k_ref).astype(jnp.float32) * dk_out)
+    dv_out = outer * dot(g.load(k_ref), dC_ref[...].astype(p.dtype))
+    dv_ref[...] = (jnp.concatenate(dv, axis=0) + dv_out).astype(dv_ref.dtype)
+    carried = total(jnp.sum(C_ref[...] * dC_ref[...], axis=0, keepdims=True)) + total(n * dn)
     passing = jnp.broadcast_to(g.carried(g.decay, carried), (1, p.chunk))
     columns = _as_rows([jnp.concatenate(crossings, axis=0), departing, jnp.concatenate(dms, axis=0)], p.chunk)
     row = lax.broadcasted_iota(jnp.int32, columns.shape, 0)
     for i, extra in ((3, leaving), (4, between), (5, passing)):
         columns = jnp.where(row == i, extra, columns)
     flows_ref[...] = columns
-    reads = q.astype(jnp.float32) * g.column(INTER)
+    reads = g.load(q_ref).astype(jnp.float32) * g.column(INTER)
     dn_ref[...] = g.decay * dn + jnp.sum(reads * jnp.concatenate(ddenominators, axis=0), axis=0, keepdims=True)
-    dC_ref[...] = g.decay * dC + dot(reads.astype(p.dtype), jnp.concatenate(dnumerators, axis=0), (0, 0))
+    dC_ref[...] = g.decay * dC_ref[...] + dot(reads.astype(p.dtype), jnp.concatenate(dnumerators, axis=0), (0, 0))
 
     @pl.when(step == p.chunks - 1)
     def _():
