@@ -274,7 +274,7 @@ def _forward_kernel(*refs, p: Plan, scale: float, eps: float, fresh: bool, save:
     for block in blocks(p):
         seen, q = slice(0, block.stop), g.load(q_ref, block)
         scores = g.weights(block) * dot(q, g.load(k_ref, seen), (1, 1))
-        factor, _ = g.normaliser(scores, q, n, block, scale, eps)
+        factor = g.normaliser(scores, q, n, block, scale, eps)[0]
         y = g.carried(g.column(INTER, block), dot(q, C_ref[...].astype(p.dtype)))
         y = y + dot(scores.astype(p.dtype), g.load(v_ref, seen))
         y = y * (scale * factor)
@@ -321,8 +321,8 @@ def forward(q, k, v, i, f, C, n, m, reset, valid, *, scale: float, eps: float, c
     if save:
         out_shape, out_specs = out_shape + state_shapes(p, boundaries=True), out_specs + specs.boundaries
     kernel = functools.partial(_forward_kernel, p=p, fresh=fresh, save=save, **static)
-    y, C, n, *boundaries = call(kernel, p, "mlstm_forward", operands, in_specs, out_shape, out_specs, 2)
+    y, last_C, last_n, *boundaries = call(kernel, p, "mlstm_forward", operands, in_specs, out_shape, out_specs, 2)
     if save:
         boundaries = boundaries[0][..., :key, :value], boundaries[1][..., 0, :key]
-    state = C[..., :key, :value], n[..., 0, :key], g.m[..., -1, -1]
+    state = last_C[..., :key, :value], last_n[..., 0, :key], g.m[..., -1, -1]
     return from_by_token(y, p, value), *state, boundaries if save else None

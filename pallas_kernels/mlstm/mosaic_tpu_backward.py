@@ -140,7 +140,7 @@ def backward(
     specs = Specs(p, reverse=True)
     keys, values = specs.tokens(p.key), specs.tokens(p.value)
     tokens = (by_token(x, p) for x in (q, k, v, y, dy))
-    operands = [rows(g, valid, p), *tokens, *padded_state(*boundaries, p), *padded_state(dC, dn, p)]
+    operands = [rows(g, valid, p), *tokens, *padded_state(boundaries[0], boundaries[1], p), *padded_state(dC, dn, p)]
     in_specs = [specs.rows, keys, keys, values, values, values, *specs.boundaries, *specs.state]
     out_shape = [
         jax.ShapeDtypeStruct((p.batch, p.length, p.heads * width), x.dtype)

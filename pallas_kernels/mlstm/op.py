@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -93,13 +93,15 @@ def mlstm(
         raise ValueError(f"mlstm: chunk_size must be an int from 1 to {MAX_CHUNK} or None, got {chunk_size!r}")
     if reset is not None and valid is not None:
         reset = reset & valid
-    arrays = (q, k, v, i, f, *(state or (None,) * 3), reset, valid)
+    C, n, m = state or (None, None, None)
+    arrays = (q, k, v, i, f, C, n, m, reset, valid)
+    out: Any
     if implementation == "reference":
-        y, *new_state = reference.forward(*arrays, **static)
+        out = reference.forward(*arrays, **static)
     else:
         chunk = min(chunk_size or default_chunk(q.shape[-1], v.shape[-1]), q.shape[1])
-        y, *new_state = _mlstm(static["scale"], static["eps"], chunk, implementation, *arrays)
-    return y, State(*new_state)
+        out = _mlstm(static["scale"], static["eps"], chunk, implementation, *arrays)
+    return out[0], State(*out[1:])
 
 
 def default_chunk(key: int, value: int) -> int:

@@ -32,7 +32,7 @@ class MLSTMShape:
         }
         if self.carried:
             shapes = (*heads, self.key, self.value), (*heads, self.key), heads
-            arrays["state"] = State(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+            arrays["state"] = State._make(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
         if self.documents:
             arrays |= {name: jax.ShapeDtypeStruct(tokens, jnp.bool_) for name in ("reset", "valid")}
         return arrays
@@ -53,7 +53,7 @@ MODELS = {
     "xlstm_1.3b": MLSTMShape(2, 2048, 4, 1024, 1024),
     "xlstm_1.3b_decode": MLSTMShape(16, 1, 4, 1024, 1024, carried=True),
 }
-PROFILE = ("xlstm_7b", "xlstm_125m")
+PROFILE = ("xlstm_7b",)
 
 TINY = {
     "chunks": MLSTMShape(2, 64, 2, 8, 4, dtype=jnp.float32),

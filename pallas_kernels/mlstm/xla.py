@@ -64,12 +64,13 @@ def _tokens(x) -> _Tokens:
     return _Tokens(bits, jnp.zeros((0,), x.dtype))
 
 
-def _load(index, start, size: int, q: _Tokens, k: _Tokens, v: _Tokens, valid, g: Gates, scale: float) -> Chunk:
+def _load(index, start, size: int, tokens: list[_Tokens], valid, g: Gates, scale: float) -> Chunk:
+    """The chunk of q, k and v."""
     mask = None
     if valid is not None:
         mask = lax.dynamic_slice_in_dim(valid, start, size, axis=1)[:, None, :, None]
     g = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=2, keepdims=False)[..., :size], g)
-    q, k, v = (only(mask, x.take(start, size)) for x in (q, k, v))
+    q, k, v = (only(mask, x.take(start, size)) for x in tokens)
     return Chunk(q * scale, k, v, g, mask)
 
 
@@ -225,7 +226,7 @@ def forward(q, k, v, i, f, C, n, m, reset, valid, *, scale: float, eps: float, c
         if save:
             put = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=1)
             boundaries = tuple(put(b, s) for b, s in zip(boundaries, (C, n), strict=True))
-        t = _load(index, start, size, *tokens, valid, g, scale)
+        t = _load(index, start, size, tokens, valid, g, scale)
         return *_next_state(t, C, n), y.put(_outputs(t, C, n, eps), start), boundaries
 
     boundaries = None
@@ -249,10 +250,10 @@ def backward(
 
     def body(index, start, size, carry):
         dC, dn, out, flows = carry
-        t = _load(index, start, size, *tokens, valid, g, scale)
-        before = (lax.dynamic_index_in_dim(b, index, axis=1, keepdims=False) for b in boundaries)
-        pair = (only(t.mask, x.take(start, size)) for x in given)
-        dq, dk, dv, flow, dC, dn = _chunk_backward(t, *before, *pair, dC, dn, eps)
+        t = _load(index, start, size, tokens, valid, g, scale)
+        C, n = (lax.dynamic_index_in_dim(b, index, axis=1, keepdims=False) for b in boundaries)
+        y, dy = (only(t.mask, x.take(start, size)) for x in given)
+        dq, dk, dv, flow, dC, dn = _chunk_backward(t, C, n, y, dy, dC, dn, eps)
         out = tuple(buffer.put(x, start) for buffer, x in zip(out, (dq * scale, dk, dv), strict=True))
         flow = [x[:, :, None] for x in flow]
         flows = tuple(

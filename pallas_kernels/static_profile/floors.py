@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from pallas_kernels.static_profile import programs
 from pallas_kernels.static_profile.chips import Chip
 
 Floor = Mapping[str, float]
@@ -93,9 +93,5 @@ def _traffic(shape: Any, backward: bool, result_like: tuple[str, ...]) -> int:
     results = sum(sizes[name] for name in result_like)
     if not backward:
         return sum(sizes.values()) + results
-    floating = [
-        name
-        for name, argument in shape.arrays().items()
-        if all(jnp.issubdtype(array.dtype, jnp.floating) for array in jax.tree.leaves(argument))
-    ]
+    floating = [name for name, argument in shape.arrays().items() if programs.is_floating(argument)]
     return sum(sizes.values()) + results + sum(sizes[name] for name in floating)

@@ -172,7 +172,7 @@ def test_plans_and_memory():
 SMALL = MLSTMShape(2, 300, 2, 8, 4, carried=True, documents=True, dtype=jnp.float32)
 
 
-@pytest.mark.parametrize("shape", [SMALL, MODELS["xlstm_7b"]], ids=["small", "xlstm_7b"])
+@pytest.mark.parametrize("shape", [SMALL, MODELS["xlstm_7b_append"]], ids=["small", "xlstm_7b_append"])
 def test_compiles_for_v5e(shape):
     assert count_kernels(compile_op("v5e", mlstm, shape)) == 2
 
