@@ -8,8 +8,9 @@ memory. Operations that another idle unit could take are not counted for the bus
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 
+from pallas_kernels.static_profile import programs
 from pallas_kernels.static_profile.chips import Chip
 
 Floor = Mapping[str, float]
@@ -115,6 +116,18 @@ def taylor_linear_attention(shape: Any, chip: Chip, backward: bool = False) -> F
         flops = by_state + min(by_state, 2 * pairs * (shape.key + shape.value + 1))
     operations = (4 if backward else 2) * products
     return _bounds(chip, mxu=flops * tokens, vpu=operations * tokens, hbm=_traffic(shape, backward, ("v",)))
+def mlstm(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """Per token and head the products with the state: k v^T and C^T q, K V multiplications and sums each.
+
+    The backward pass runs the adjoint of both, four products of that size: of C with dy, of dC with v and with k, and
+    the outer product of q and dy. The products within a chunk, and states kept for the backward pass, are the price of
+    an implementation and could be traded for one another, so they are not counted.
+    """
+    states = shape.batch * shape.time * shape.heads * shape.key * shape.value
+    products = 4 if backward else 2
+    state = 4 * shape.batch * shape.heads * (shape.key * (shape.value + 1) + 1)  # the new one, or its cotangent
+    hbm = _traffic(shape, backward, ("v",)) + state
+    return _bounds(chip, mxu=2 * products * states, hbm=hbm)
 
 
 FLOORS: Mapping[str, Callable[..., Floor]] = {
@@ -126,6 +139,7 @@ FLOORS: Mapping[str, Callable[..., Floor]] = {
     "ternary_matmul": ternary_matmul,
     "rms_norm_quantize": rms_norm_quantize,
     "taylor_linear_attention": taylor_linear_attention,
+    "mlstm": mlstm,
 }
 
 
@@ -135,9 +149,12 @@ def _bounds(chip: Chip, mxu: float = 0, vpu: float = 0, eup: float = 0, hbm: flo
 
 def _traffic(shape: Any, backward: bool, result_like: tuple[str, ...]) -> int:
     """Bytes of all arguments and of the results; the gradients are as large as the floating arguments."""
-    sizes = {name: array.size * array.dtype.itemsize for name, array in shape.arrays().items()}
+    sizes = {
+        name: sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(argument))
+        for name, argument in shape.arrays().items()
+    }
     results = sum(sizes[name] for name in result_like)
     if not backward:
         return sum(sizes.values()) + results
-    floating = [name for name, array in shape.arrays().items() if jnp.issubdtype(array.dtype, jnp.floating)]
+    floating = [name for name, argument in shape.arrays().items() if programs.is_floating(argument)]
     return sum(sizes.values()) + results + sum(sizes[name] for name in floating)

@@ -53,6 +53,11 @@ def entry(op: str, name: str) -> Any:
     return models[name]
 
 
+def is_floating(argument: Any) -> bool:
+    """Whether an argument of an op, an array or a tree of them, is one of floats."""
+    return all(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(argument))
+
+
 def op_program(op: str, shape: str, direction: str, implementation: str) -> Program:
     """The forward or the backward pass of an op alone, at a published shape.
 
@@ -74,7 +79,7 @@ def op_program(op: str, shape: str, direction: str, implementation: str) -> Prog
 
     if direction == "forward":
         return forward, (arrays,)
-    floating = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    floating = {name: a for name, a in arrays.items() if is_floating(a)}
     others = {name: a for name, a in arrays.items() if name not in floating}
 
     def residuals(floating, others):

@@ -5,12 +5,11 @@ import importlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.interpret import interpret
-from pallas_kernels.static_profile import chips
+from pallas_kernels.static_profile import chips, programs
 
 
 @contextlib.contextmanager
@@ -44,7 +43,7 @@ def compile_function(topology: str, fn: Any, *abstract_args: Any) -> Any:
 def compile_op(topology: str, op: Any, shape: Any) -> Any:
     """Compiles outputs and gradients of `op` at an entry of its shapes.py with the TPU kernels."""
     arrays = shape.arrays()
-    floats = {name: a for name, a in arrays.items() if a is not None and jnp.issubdtype(a.dtype, jnp.floating)}
+    floats = {name: a for name, a in arrays.items() if a is not None and programs.is_floating(a)}
     others = {name: a for name, a in arrays.items() if name not in floats}
 
     def run(floats, others):
