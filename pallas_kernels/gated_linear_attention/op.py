@@ -8,15 +8,15 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.gated_linear_attention import reference, xla
+from pallas_kernels.gated_linear_attention import mosaic_tpu, reference, xla
 
-DEFAULT_CHUNK_SIZE = 64
-CHANNEL_CHUNK_SIZE = 32  # a decay per channel costs K exponentials more per token with every doubling
+DEFAULT_CHUNK_SIZE = 128
+CHANNEL_CHUNK_SIZE = 128  # a decay per channel costs K exponentials more per token with every doubling
 
-FORWARD = {"xla": xla.forward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
 BACKWARD = {"xla": xla.backward}
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
-FORWARD_SUPPORTS: dict[str, Any] = {}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
 BACKWARD_SUPPORTS: dict[str, Any] = {}
 NAMES = ("reference", *FORWARD)
 

@@ -57,10 +57,39 @@ def causal_conv1d(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     return _bounds(chip, vpu=passes * 2 * shape.width * elements, eup=elements, hbm=_traffic(shape, backward, ("x",)))
 
 
+def gated_linear_attention(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """Chunks of C tokens, for the C whose busiest unit is least busy; C = 1 is the recurrence itself.
+
+    Per token and head the state takes 2 products of K V (read, write) forward and 5 backward (dq, dk, dv, its own
+    gradient, and the state again). Per pair of tokens of a chunk the scores take K per group and their use V per head;
+    backward both gradients of each more. Per pair and head two multiplications (decay between the two, score), backward
+    three more (its gradient, that of the score, their product); a decay per channel goes into q and k instead. The
+    state decays once per chunk. Exponentials: one per decay and at least two uses of it per channel (q and k).
+    """
+    tokens, heads = shape.batch * shape.time, shape.heads
+    per_channel = shape.decay == "channel"
+    channels = shape.groups * shape.key
+
+    def bounds(chunk: int) -> Floor:
+        pairs, state = (chunk + 1) / 2, shape.key * shape.value
+        wide = pairs * (shape.groups * shape.key * (3 if backward else 1) + heads * shape.value * (2 if backward else 1))
+        products = heads * state * (5 if backward else 2) + wide
+        decays = 0 if shape.decay == "none" else heads * state * (2 if backward else 1) / chunk
+        scores = 0 if per_channel else heads * pairs * (5 if backward else 2)
+        factors = 2 * channels * (2 if backward else 1) if per_channel else 0
+        exponentials = {"none": 0, "constant": 0, "head": heads, "channel": 2 * channels}[shape.decay]
+        traffic = _traffic(shape, backward, ("v",))
+        vpu = tokens * (decays + scores + factors)
+        return _bounds(chip, mxu=2 * tokens * products, vpu=vpu, eup=tokens * exponentials, hbm=traffic)
+
+    return min((bounds(1 << n) for n in range(10)), key=lambda floor: max(floor.values()))
+
+
 FLOORS: Mapping[str, Callable[..., Floor]] = {
     "selective_scan": selective_scan,
     "attention": attention,
     "causal_conv1d": causal_conv1d,
+    "gated_linear_attention": gated_linear_attention,
 }
 
 
@@ -70,9 +99,10 @@ def _bounds(chip: Chip, mxu: float = 0, vpu: float = 0, eup: float = 0, hbm: flo
 
 def _traffic(shape: Any, backward: bool, result_like: tuple[str, ...]) -> int:
     """Bytes of all arguments and of the results; the gradients are as large as the floating arguments."""
-    sizes = {name: array.size * array.dtype.itemsize for name, array in shape.arrays().items()}
+    arrays = {name: array for name, array in shape.arrays().items() if array is not None}
+    sizes = {name: array.size * array.dtype.itemsize for name, array in arrays.items()}
     results = sum(sizes[name] for name in result_like)
     if not backward:
         return sum(sizes.values()) + results
-    floating = [name for name, array in shape.arrays().items() if jnp.issubdtype(array.dtype, jnp.floating)]
+    floating = [name for name, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)]
     return sum(sizes.values()) + results + sum(sizes[name] for name in floating)
