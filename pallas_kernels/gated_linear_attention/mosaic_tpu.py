@@ -190,14 +190,13 @@ class HeadDecay:
     """The decays of a chunk of several heads, from their logarithms g [rows, 128] with the tokens in the lanes.
 
     Attributes:
-      columns: [128, 128], tokens in the sublanes: lane a * rows + h holds factor a of head h: exp of the prefix of
-        the block of eight, scale * exp(chunk's start to the token), exp(next token to the chunk's end), and in the
-        last lane whether any head sees the state before the chunk.
+      columns: [128, 128], tokens in the sublanes: lane h holds exp(prefix of the block of eight) of head h, lane
+        rows + h exp(next token to the chunk's end), the last lane more than 0 if a head sees the state before.
       whole: [rows, 128], exp(sum over the chunk) in every lane.
     """
 
-    def __init__(self, g, before_ref, within_ref, scale: float):
-        self.rows, self.before_ref, self.within_ref = g.shape[0], before_ref, within_ref
+    def __init__(self, g, before_ref, start_ref, within_ref):
+        self.rows, self.before_ref, self.start_ref, self.within_ref = g.shape[0], before_ref, start_ref, within_ref
         lane = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1)
         place = lane & (BLOCK - 1)
         prefix, suffix = g, jnp.where(place < BLOCK - 1, pltpu.roll(g, LANES - 1, 1), 0.0)
@@ -205,21 +204,19 @@ class HeadDecay:
             prefix = prefix + jnp.where(place >= size, pltpu.roll(prefix, size, 1), 0.0)
             suffix = suffix + jnp.where(place + size < BLOCK, pltpu.roll(suffix, LANES - size, 1), 0.0)
         self._write_within(g, place)
-        before, until = jnp.full(g.shape, -jnp.inf, jnp.float32), jnp.zeros_like(g)
-        start = jnp.zeros_like(g)
+        before, start, until = jnp.full(g.shape, -jnp.inf, jnp.float32), jnp.zeros_like(g), jnp.zeros_like(g)
         for i in range(CHUNK // BLOCK):
             before_ref[pl.ds(i * self.rows, self.rows), :] = jnp.exp(before)
+            start_ref[pl.ds(i * self.rows, self.rows), :] = jnp.exp(start)
             inside = (lane >> 3) == i
             total = jnp.broadcast_to(prefix[:, (i + 1) * BLOCK - 1 : (i + 1) * BLOCK], g.shape)
             until = jnp.where(inside, start + prefix, until)
             before = jnp.where(inside, suffix, before + total)
             start = start + total
         self.whole = jnp.exp(start)
-        until = jnp.exp(until)
-        seen = jnp.max(until, axis=0, keepdims=True)
-        factors = [jnp.exp(prefix), scale * until, jnp.exp(before)]
-        rest = jnp.broadcast_to(seen, (LANES - 3 * self.rows, LANES))
-        self.columns = jnp.concatenate([*factors, rest], axis=0).T
+        seen = jnp.max(jnp.exp(until), axis=0, keepdims=True)
+        rest = jnp.broadcast_to(seen, (LANES - 2 * self.rows, LANES))
+        self.columns = jnp.concatenate([jnp.exp(prefix), jnp.exp(before), rest], axis=0).T
 
     def _write_within(self, g, place) -> None:
         """Row r * rows + h of within_ref: for token j exp(sum from j + 1 to token r of its block), 0 if r < j."""
@@ -233,13 +230,26 @@ class HeadDecay:
                 total = jnp.where(place == p, runs[r - p], total)
             self.within_ref[pl.ds(r * self.rows, self.rows), :] = jnp.exp(total)
 
-    def column(self, factor: int, head: int) -> jax.Array:
-        """Factor `factor` of a head, [128, 128], the same in every lane."""
-        at = factor * self.rows + head
-        return jnp.broadcast_to(self.columns[:, at : at + 1], (CHUNK, LANES))
+    def prefix(self, head: int) -> jax.Array:
+        """exp(sum of the block of eight up to the token), [128, 128], the same in every lane."""
+        return jnp.broadcast_to(self.columns[:, head : head + 1], (CHUNK, LANES))
+
+    def after(self, heads: list[int]) -> jax.Array:
+        """exp(sum from the next token to the chunk's end), [128, 128], in the lanes of each head."""
+        lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)
+        index = self.rows + heads[0] + (lane >> 6 if len(heads) == 2 else 0 * lane)
+        return jnp.take_along_axis(self.columns, index, axis=1, mode="promise_in_bounds")
+
+    def until(self, heads: list[int], prefixes: list[jax.Array]) -> jax.Array:
+        """exp(sum from the chunk's start to the token), [128, 128], in the lanes of each head."""
+        prefix, blocks = join(prefixes), []
+        for i in range(CHUNK // BLOCK):
+            start = join([self.start_ref[pl.ds(i * self.rows + head, 1), :] for head in heads])
+            blocks.append(prefix[i * BLOCK : (i + 1) * BLOCK] * start)
+        return jnp.concatenate(blocks, axis=0)
 
     def weights(self, head: int, prefix) -> list[jax.Array]:
-        """By block of eight tokens i [8, 128]: decay from token j to i, 0 unless j <= i; prefix as `column(0)`."""
+        """By block of eight tokens i [8, 128]: decay from token j to i, 0 unless j <= i; prefix as `prefix(head)`."""
         within = self.within_ref[pl.ds(head, BLOCK, stride=self.rows), :]
         lane = jax.lax.broadcasted_iota(jnp.int32, within.shape, 1)
         out = []
@@ -281,7 +291,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
     state_ref = refs.pop(0) if carried else None
     y_ref, new_state_ref = refs.pop(0), refs.pop(0)
     boundary_ref = refs.pop(0) if save else None
-    s_ref, before_ref, within_ref = refs
+    s_ref, before_ref, start_ref, within_ref = refs
     t = pl.program_id(3)
 
     @pl.when(t == 0)
@@ -293,22 +303,22 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
         def _():
             boundary_ref[...] = s_ref[...]
 
-    decay = HeadDecay(g_ref[...], before_ref, within_ref, scale)
+    decay = HeadDecay(g_ref[...], before_ref, start_ref, within_ref)
     q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
-    products = scale * contract(q, k, 1, 1)
+    products, transposed = scale * contract(q, k, 1, 1), k.T
     for heads, lanes in units(lay):
         width = lanes.stop - lanes.start
         v, s = v_ref[:, lanes].astype(dtype), s_ref[:, lanes]
+        prefixes = [decay.prefix(head) for head in heads]
         parts = []
-        for head in heads:
-            weights = decay.weights(head, decay.column(0, head))
-            scores = jnp.concatenate(weights, axis=0) * products
+        for head, prefix in zip(heads, prefixes, strict=True):
+            scores = jnp.concatenate(decay.weights(head, prefix), axis=0) * products
             parts.append(contract(scores.astype(dtype), v, 1, 0))
-        until, after = (widen(join([decay.column(n, h) for h in heads]), width) for n in (1, 2))
+        until, after = widen(scale * decay.until(heads, prefixes), width), widen(decay.after(heads), width)
         whole = widen(join([decay.whole[h : h + 1] for h in heads]), width)
         y = decayed(until, contract(q, s.astype(dtype), 1, 0), resets) + join(parts)
         y_ref[:, lanes] = y.astype(y_ref.dtype)
-        added = contract(k, (after * v.astype(jnp.float32)).astype(dtype), 0, 0)
+        added = contract(transposed, (after * v.astype(jnp.float32)).astype(dtype), 1, 0)
         s_ref[:, lanes] = decayed(jnp.broadcast_to(whole, s.shape), s, resets) + added
 
     @pl.when(t == pl.num_programs(3) - 1)
@@ -363,7 +373,7 @@ def _forward_by_head(arrays, lay: Layout, *, scale, save, resets: bool):
         out_shape=out_shape,
         scratch_shapes=[
             pltpu.VMEM((lay.keys, lay.lanes), jnp.float32),
-            pltpu.VMEM((CHUNK // BLOCK * lay.rows, LANES), jnp.float32),
+            *[pltpu.VMEM((CHUNK // BLOCK * lay.rows, LANES), jnp.float32)] * 2,
             pltpu.VMEM((BLOCK * lay.rows, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
