@@ -234,6 +234,10 @@ class HeadDecay:
         """exp(sum of the block of eight up to the token), [128, 128], the same in every lane."""
         return jnp.broadcast_to(self.columns[:, head : head + 1], (CHUNK, LANES))
 
+    def seen(self) -> jax.Array:
+        """[128, 128], more than 0 where the state before the chunk is seen."""
+        return jnp.broadcast_to(self.columns[:, LANES - 1 :], (CHUNK, LANES))
+
     def after(self, heads: list[int]) -> jax.Array:
         """exp(sum from the next token to the chunk's end), [128, 128], in the lanes of each head."""
         lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)

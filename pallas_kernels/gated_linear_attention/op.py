@@ -8,16 +8,16 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.gated_linear_attention import mosaic_tpu, reference, xla
+from pallas_kernels.gated_linear_attention import mosaic_tpu, mosaic_tpu_backward, reference, xla
 
 DEFAULT_CHUNK_SIZE = 128
 CHANNEL_CHUNK_SIZE = 128  # a decay per channel costs K exponentials more per token with every doubling
 
 FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
-BACKWARD = {"xla": xla.backward}
+BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
 FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
-BACKWARD_SUPPORTS: dict[str, Any] = {}
+BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu_backward.supports}
 NAMES = ("reference", *FORWARD)
 
 

@@ -1,0 +1,210 @@
+"""Gated linear attention as Pallas TPU kernels: the backward pass.
+
+Chunks of 128 tokens from the last to the first, each from the state saved before it; the gradient of the state stays in
+VMEM scratch for all heads of a group, so that the gradients of q and k are summed over them in place.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import interpret
+from pallas_kernels.gated_linear_attention import xla
+from pallas_kernels.gated_linear_attention.mosaic_tpu import (
+    BLOCK,
+    CHUNK,
+    LANES,
+    VMEM_LIMIT,
+    HeadDecay,
+    Layout,
+    check_support,
+    compute_dtype,
+    contract,
+    decayed,
+    head_specs,
+    join,
+    layout,
+    refuse,
+    units,
+    widen,
+)
+
+
+def supports(
+    q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int
+) -> None:
+    """Raises UnsupportedError where `backward` does not honour an argument."""
+    check_support(q, k, v, log_decay, chunk_size)
+    if chunk_size > CHUNK:
+        refuse(f"chunk_size={chunk_size} backward: it starts from the states before every {CHUNK} tokens")
+
+
+def _one_head(x, head: int, count: int) -> jax.Array:
+    """x [n, lanes of `count` heads] with zeros in the lanes of the other head."""
+    if count == 1:
+        return x
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where((lane >> 6) == head, x, 0.0)
+
+
+def _head_sums(x, count: int, dtype, exact: bool = False) -> jax.Array:
+    """x [n, lanes of `count` heads] summed over the lanes of each: [8, n], head by head, the tokens in the lanes."""
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (BLOCK, x.shape[1]), axis) for axis in (0, 1))
+    ones = jnp.where(row == (lane >> 6 if count == 2 else 0), 1.0, 0.0).astype(dtype)
+    if dtype == jnp.float32 or not exact:
+        return contract(ones, x.astype(dtype), 1, 1)
+    high = x.astype(dtype)
+    return contract(ones, high, 1, 1) + contract(ones, (x - high.astype(jnp.float32)).astype(dtype), 1, 1)
+
+
+def _cumulate(x, *, reverse: bool) -> jax.Array:
+    """Inclusive sums along the 128 lanes, from the last to the first when reversed."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    for size in (1, 2, 4, 8, 16, 32, 64):
+        inside = lane < LANES - size if reverse else lane >= size
+        x = x + jnp.where(inside, pltpu.roll(x, LANES - size if reverse else size, 1), 0.0)
+    return x
+
+
+def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
+    q_ref, k_ref, v_ref, g_ref, s_ref, dy_ref, dstate_ref, *refs = refs
+    dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *scratch = refs
+    ds_ref, dq_sum, dk_sum, arriving, departing, passing, *tables = scratch
+    t, h = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(t == 0)
+    def _():
+        ds_ref[h] = dstate_ref[...]
+
+    @pl.when(h == 0)
+    def _():
+        dq_sum[...] = jnp.zeros(dq_sum.shape, jnp.float32)
+        dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
+
+    for ref in (arriving, departing, passing):
+        ref[...] = jnp.zeros(ref.shape, jnp.float32)
+    decay = HeadDecay(g_ref[...], *tables)
+    q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
+    products, transposed = scale * contract(q, k, 1, 1), q.T
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, products.shape, axis) for axis in (0, 1))
+    dproducts = jnp.zeros(products.shape, jnp.float32)
+    dq_in = jnp.zeros(dq_sum.shape, jnp.float32)
+    for heads, lanes in units(lay):
+        width, count = lanes.stop - lanes.start, len(heads)
+        v, dy = (ref[:, lanes].astype(jnp.float32) for ref in (v_ref, dy_ref))
+        s, ds = s_ref[:, lanes], ds_ref[h, :, lanes]
+        prefixes = [decay.prefix(head) for head in heads]
+        until, after = widen(scale * decay.until(heads, prefixes), width), widen(decay.after(heads), width)
+        whole = jnp.broadcast_to(widen(join([decay.whole[n : n + 1] for n in heads]), width), s.shape)
+        v_half, dy_half = v.astype(dtype), dy.astype(dtype)
+        # Within the chunk.
+        parts = []
+        for n, (head, prefix) in enumerate(zip(heads, prefixes, strict=True)):
+            weights = jnp.concatenate(decay.weights(head, prefix), axis=0)
+            scores = weights * products
+            dscores = contract(_one_head(dy, n, count).astype(dtype), v_half, 1, 1)
+            parts.append(contract(scores.astype(dtype), dy_half, 0, 0))
+            dproducts = dproducts + weights * dscores
+            flow = jnp.where(row == lane, 0.0, scores * dscores)  # a token does not decay what it adds itself
+            sums = _head_sums(flow, 1, dtype, exact=True)[:1] - jnp.sum(flow, axis=0, keepdims=True)
+            arriving[pl.ds(head, 1), :] = sums
+        # From the state before the chunk, and to the state after it.
+        seen, added = dy * until, (after * v).astype(dtype)
+        dq_in = dq_in + contract(seen.astype(dtype), s.astype(dtype), 1, 1)
+        dk_sum[...] += contract(added, ds.astype(dtype), 1, 1)
+        dv_out = after * contract(k, ds.astype(dtype), 1, 0)
+        dv_ref[:, lanes] = (join(parts) + dv_out).astype(dv_ref.dtype)
+        ds_ref[h, :, lanes] = whole * ds + contract(transposed, seen.astype(dtype), 1, 0)
+        # What flows through the decays.
+        at = pl.ds(heads[0], count)
+        arriving[at, :] += _head_sums(decayed(until, dy * contract(q, s.astype(dtype), 1, 0), resets), count, dtype)[:count]
+        departing[at, :] = _head_sums(v * dv_out, count, dtype)[:count]
+        through = _head_sums(decayed(whole, s * ds, resets), count, dtype)[:count]
+        passing[at, :] = jnp.broadcast_to(jnp.sum(through, axis=1, keepdims=True), (count, LANES))
+    dproducts = (scale * dproducts).astype(dtype)
+    if resets:
+        dq_in = jnp.where(widen(decay.seen(), dq_in.shape[1]) > 0.0, dq_in, 0.0)
+    dq_sum[...] += dq_in + contract(dproducts, k, 1, 0)
+    dk_sum[...] += contract(dproducts, q, 0, 0)
+    out = departing[...]
+    dg_ref[...] = _cumulate(arriving[...], reverse=True) + (_cumulate(out, reverse=False) - out) + passing[...]
+
+    @pl.when(h == pl.num_programs(3) - 1)
+    def _():
+        dq_ref[...] = dq_sum[...].astype(dq_ref.dtype)
+        dk_ref[...] = dk_sum[...].astype(dk_ref.dtype)
+
+    @pl.when(t == pl.num_programs(2) - 1)
+    def _():
+        dbefore_ref[...] = ds_ref[h]
+
+
+def _backward_by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale, resets: bool):
+    batch = v.shape[0]
+    specs = head_specs(lay, lambda b, n, t, h: (b, n, h, lay.chunks - 1 - t), g.shape[0] == 1)
+    # Each head block's state goes in at the first step over time and out at the last; meanwhile the block stays.
+    state = (None, None, lay.keys, lay.lanes)
+    state_in = pl.BlockSpec(state, lambda b, n, t, h: (b, n, 0, jnp.where(t == 0, h, lay.blocks - 1)))
+    state_out = pl.BlockSpec(state, lambda b, n, t, h: (b, n, 0, jnp.where(t == lay.chunks - 1, h, 0)))
+    kernel = functools.partial(_head_kernel, lay=lay, scale=scale, dtype=compute_dtype(q, k, v), resets=resets)
+    table = pltpu.VMEM((CHUNK // BLOCK * lay.rows, LANES), jnp.float32)
+    rows = pltpu.VMEM((lay.rows, LANES), jnp.float32)
+    return pl.pallas_call(
+        kernel,
+        grid=(batch, lay.groups, lay.chunks, lay.blocks),
+        in_specs=[*(specs[n] for n in ("keys", "keys", "values", "decay", "boundary", "values")), state_in],
+        out_specs=[*(specs[n] for n in ("keys", "keys", "values", "rows")), state_out],
+        out_shape=[
+            *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k, v)),
+            jax.ShapeDtypeStruct((batch, *g.shape[1:]), jnp.float32),
+            jax.ShapeDtypeStruct(dstate.shape, jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((lay.blocks, lay.keys, lay.lanes), jnp.float32),
+            *[pltpu.VMEM((CHUNK, lay.keys), jnp.float32)] * 2,
+            *[rows] * 3,
+            *[table] * 2,
+            pltpu.VMEM((BLOCK * lay.rows, LANES), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=interpret.parameters(),
+        name="gated_linear_attention_backward",
+    )(q, k, v, g, boundaries, dy, dstate)
+
+
+def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int):
+    """Returns the gradients of (q, k, v, log_decay, state) as `xla.backward` does."""
+    if q.shape[1] == 1:
+        arrays = (q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate)
+        return xla.backward(*arrays, scale=scale, chunk_size=chunk_size)
+    lay = layout(q, v, chunk_size)
+    heads = v.shape[2]
+    dq, dk, dv, dg, dbefore = _backward_by_head(
+        lay.tokens(q, valid, lay.keys),
+        lay.tokens(k, valid, lay.keys),
+        lay.tokens(v, valid, lay.values),
+        lay.head_rows(log_decay, reset, valid),
+        lay.states(boundaries),
+        lay.tokens(dy, valid, lay.values),
+        lay.states(xla.flat(dstate, lay.groups)),
+        lay,
+        scale=scale,
+        resets=reset is not None,
+    )
+    dlog_decay = None
+    if log_decay is not None:
+        moves = None if valid is None and reset is None else jnp.ones(q.shape[:2], bool)
+        moves = moves if valid is None else moves & valid
+        moves = moves if reset is None else moves & ~reset
+        dlog_decay = lay.from_head_rows(dg)
+        dlog_decay = dlog_decay if moves is None else jnp.where(moves[..., None], dlog_decay, 0.0)
+        dlog_decay = jnp.sum(dlog_decay, axis=(0, 1)) if log_decay.ndim == 1 else dlog_decay
+        dlog_decay = dlog_decay.astype(log_decay.dtype)
+    dq, dk = (lay.from_tokens(x, lay.groups, lay.key) for x in (dq, dk))
+    dbefore = None if state is None else xla.unflat(lay.from_states(dbefore), lay.ratio)
+    return dq, dk, lay.from_tokens(dv, heads, lay.value), dlog_decay, dbefore
