@@ -9,173 +9,29 @@ decays of block I up to i, w_I[j] those from j + 1 to the start of block I; with
 All are sums of non-positive numbers: nothing overflows and nothing cancels. A reset is a log decay of -inf.
 """
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch, interpret
-from pallas_kernels.gated_linear_attention import xla
-
-CHUNK = 128  # tokens of a step: a product of two chunks fills the matrix unit, a row of them a register
-BLOCK = 8  # tokens of a register
-LANES = 128
-MAX_LANES = 1024  # of the values of a step
-VMEM_LIMIT = 32 * 2**20  # a state and its gradient of 512 x 512, twice for the copies, beside the blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Sizes of a call as given, and as the kernels take them: whole chunks, registers full of lanes."""
-
-    length: int
-    groups: int
-    ratio: int  # heads of a group
-    key: int
-    value: int
-    chunk_size: int
-
-    @property
-    def chunks(self) -> int:
-        """Steps over time."""
-        return -(-self.length // CHUNK)
-
-    @property
-    def time(self) -> int:
-        """Tokens, up to whole chunks."""
-        return self.chunks * CHUNK
-
-    @property
-    def keys(self) -> int:
-        """Width of a key, up to whole registers."""
-        return -(-self.key // LANES) * LANES
-
-    @property
-    def values(self) -> int:
-        """Width of a value: half a register where two heads can share one, else whole registers."""
-        if self.value <= LANES // 2 and self.ratio % 2 == 0:
-            return LANES // 2
-        return -(-self.value // LANES) * LANES
-
-    @property
-    def heads(self) -> int:
-        """Heads of a step."""
-        pair = max(1, LANES // self.values)
-        fits = [n for n in range(pair, self.ratio + 1, pair) if self.ratio % n == 0 and n * self.values <= MAX_LANES]
-        return max(fits, default=pair)
-
-    @property
-    def rows(self) -> int:
-        """Heads of a step, up to whole registers of eight."""
-        return -(-self.heads // BLOCK) * BLOCK
-
-    @property
-    def blocks(self) -> int:
-        """Steps that hold the heads of a group."""
-        return self.ratio // self.heads
-
-    @property
-    def lanes(self) -> int:
-        """Lanes of the values of a step."""
-        return self.heads * self.values
-
-    @property
-    def saves(self) -> int:
-        """Chunks between two saved states."""
-        return -(-self.chunk_size // CHUNK)
-
-    @property
-    def boundaries(self) -> int:
-        """Saved states."""
-        return -(-self.length // self.chunk_size)
-
-    def tokens(self, x, valid, width: int) -> jax.Array:
-        """[B, T, N, W] -> [B, time, N * width], zero at padding."""
-        x = x if valid is None else jnp.where(valid[..., None, None], x, 0)
-        pads = ((0, 0), (0, self.time - x.shape[1]), (0, 0), (0, width - x.shape[3]))
-        x = jnp.pad(x, pads) if any(map(sum, pads)) else x
-        return x.reshape(*x.shape[:2], -1)
-
-    def from_tokens(self, x, heads: int, width: int) -> jax.Array:
-        """The inverse of `tokens`."""
-        return x.reshape(*x.shape[:2], heads, -1)[:, : self.length, :, :width]
-
-    def states(self, s) -> jax.Array:
-        """float32 [..., G, K, R * V] -> [..., G, keys, R * values]."""
-        s = s.reshape(*s.shape[:-1], self.ratio, self.value)
-        pads = [(0, 0)] * (s.ndim - 3) + [(0, self.keys - self.key), (0, 0), (0, self.values - self.value)]
-        s = jnp.pad(s, pads) if any(map(sum, pads)) else s
-        return s.reshape(*s.shape[:-2], -1)
-
-    def from_states(self, s) -> jax.Array:
-        """The inverse of `states`."""
-        s = s.reshape(*s.shape[:-1], self.ratio, self.values)[..., : self.key, :, : self.value]
-        return s.reshape(*s.shape[:-2], -1)
-
-    def head_rows(self, log_decay, reset, valid) -> jax.Array:
-        """float32 [B or 1, G * blocks, rows, time]: log decays [H], [B, T, H] or None; -inf at a reset."""
-        heads = self.groups * self.ratio
-        g = jnp.zeros((heads,), jnp.float32) if log_decay is None else log_decay.astype(jnp.float32)
-        if g.ndim == 1:
-            g = jnp.broadcast_to(g, (1, self.length, heads))
-        g = jnp.swapaxes(masked_decay(g, reset, valid), 1, 2)
-        g = g.reshape(g.shape[0], -1, self.heads, self.length)
-        pads = ((0, 0), (0, 0), (0, self.rows - self.heads), (0, self.time - self.length))
-        return jnp.pad(g, pads)
-
-    def from_head_rows(self, g) -> jax.Array:
-        """[B, G * blocks, rows, time] -> [B, T, H]."""
-        g = g[:, :, : self.heads, : self.length]
-        return jnp.swapaxes(g.reshape(g.shape[0], -1, self.length), 1, 2)
-
-
-def layout(q, v, chunk_size: int) -> Layout:
-    """The layout of one call."""
-    (_, length, groups, key), (heads, value) = q.shape, v.shape[2:]
-    return Layout(length, groups, heads // groups, key, value, chunk_size)
-
-
-def masked_decay(g, reset, valid) -> jax.Array:
-    """Log decays [B or 1, T, ...]: 0 at padding, -inf at a reset."""
-    tail = (1,) * (g.ndim - 2)
-    if valid is not None:
-        g = jnp.where(valid.reshape(*valid.shape, *tail), g, 0.0)
-    return g if reset is None else jnp.where(reset.reshape(*reset.shape, *tail), -jnp.inf, g)
-
-
-def compute_dtype(*arrays) -> Any:
-    """bfloat16 where all operands are, else float32."""
-    return jnp.bfloat16 if all(a.dtype == jnp.bfloat16 for a in arrays) else jnp.float32
-
-
-def contract(a, b, a_axis: int, b_axis: int) -> jax.Array:
-    """float32 product of two matrices over an axis of each; float32 operands keep their precision."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def refuse(reason: str):
-    """Raises UnsupportedError."""
-    raise dispatch.UnsupportedError(f"gated_linear_attention: mosaic_tpu does not support {reason}")
-
-
-def check_support(q, k, v, log_decay, chunk_size: int) -> None:
-    """Raises UnsupportedError for what no kernel honours."""
-    for name, array in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
-        if array is not None and array.dtype == jnp.float16:
-            refuse(f"{name} in float16: the TPU has no such type; use bfloat16 or float32")
-    if log_decay is not None and log_decay.ndim == 4:
-        refuse("log_decay [B, T, G, K]: it has no kernel for a decay per channel; use 'xla'")
-    if max(q.shape[3], v.shape[3]) > 512:
-        refuse(f"widths K={q.shape[3]}, V={v.shape[3]} of q and v: a state fits in VMEM up to 512 x 512")
-    length = q.shape[1]
-    if chunk_size % CHUNK and chunk_size < length:
-        refuse(f"chunk_size={chunk_size} for T={length}: it must be a multiple of {CHUNK}, or T at least")
+from pallas_kernels import interpret
+from pallas_kernels.gated_linear_attention import mosaic_tpu_channel, xla
+from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
+    BLOCK,
+    CHUNK,
+    LANES,
+    VMEM_LIMIT,
+    Layout,
+    block_specs,
+    check_support,
+    compute_dtype,
+    contract,
+    decayed,
+    layout,
+    widen,
+)
 
 
 def supports(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size: int, save: bool) -> None:
@@ -268,7 +124,9 @@ def units(lay: Layout) -> list[tuple[list[int], slice]]:
     """(heads, lanes) that are computed together: two heads of half a register, or one head."""
     count = max(1, LANES // lay.values)
     width = count * lay.values
-    return [(list(range(n * count, (n + 1) * count)), slice(n * width, (n + 1) * width)) for n in range(lay.heads // count)]
+    return [
+        (list(range(n * count, (n + 1) * count)), slice(n * width, (n + 1) * width)) for n in range(lay.heads // count)
+    ]
 
 
 def join(parts: list[jax.Array]) -> jax.Array:
@@ -277,16 +135,6 @@ def join(parts: list[jax.Array]) -> jax.Array:
         return parts[0]
     lane = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
     return jnp.where(lane < LANES // 2, parts[0], parts[1])
-
-
-def widen(x, width: int) -> jax.Array:
-    """[n, 128], the same in every lane, as [n, width]."""
-    return x if width == LANES else jnp.concatenate([x] * (width // LANES), axis=1)
-
-
-def decayed(factor, x, resets: bool) -> jax.Array:
-    """factor * x; where there are resets, a factor of zero drops even what is not finite."""
-    return jnp.where(factor == 0.0, 0.0, factor * x) if resets else factor * x
 
 
 def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: bool, resets: bool):
@@ -303,6 +151,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
         s_ref[...] = jnp.zeros(s_ref.shape, jnp.float32) if state_ref is None else state_ref[...]
 
     if boundary_ref is not None:
+
         @pl.when(jax.lax.rem(t, lay.saves) == 0)
         def _():
             boundary_ref[...] = s_ref[...]
@@ -330,28 +179,10 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
         new_state_ref[...] = s_ref[...]
 
 
-def head_specs(lay: Layout, order, shared_decay: bool) -> dict[str, pl.BlockSpec]:
-    """Block specs for the grid (B, G, head blocks, chunks) by what they hold; `order(b, g, h, t)` permutes it."""
-
-    def spec(block, index):
-        return pl.BlockSpec(block, lambda *ids: index(*order(*ids)))
-
-    return {
-        "keys": spec((None, CHUNK, lay.keys), lambda b, g, h, t: (b, t, g)),
-        "values": spec((None, CHUNK, lay.lanes), lambda b, g, h, t: (b, t, g * lay.blocks + h)),
-        "decay": spec(
-            (None, None, lay.rows, CHUNK), lambda b, g, h, t: (0 if shared_decay else b, g * lay.blocks + h, 0, t)
-        ),
-        "rows": spec((None, None, lay.rows, CHUNK), lambda b, g, h, t: (b, g * lay.blocks + h, 0, t)),
-        "state": spec((None, None, lay.keys, lay.lanes), lambda b, g, h, t: (b, g, 0, h)),
-        "boundary": spec((None, None, None, lay.keys, lay.lanes), lambda b, g, h, t: (b, jax.lax.div(t, lay.saves), g, 0, h)),
-    }
-
-
-def _forward_by_head(arrays, lay: Layout, *, scale, save, resets: bool):
-    q, k, v, g, state = arrays
+def _by_head(q, k, v, g, state, lay: Layout, *, scale: float, save: bool, resets: bool):
     batch = v.shape[0]
-    specs = head_specs(lay, lambda *ids: ids, g.shape[0] == 1)
+    specs = block_specs(lay, lambda *ids: ids)
+    rows = "shared_rows" if g.shape[0] == 1 else "rows"
     out_shape = [
         jax.ShapeDtypeStruct(v.shape, v.dtype),
         jax.ShapeDtypeStruct((batch, lay.groups, lay.keys, lay.ratio * lay.values), jnp.float32),
@@ -368,7 +199,7 @@ def _forward_by_head(arrays, lay: Layout, *, scale, save, resets: bool):
         save=save,
         resets=resets,
     )
-    names = ("keys", "keys", "values", "decay") + (("state",) if state is not None else ())
+    names = ("keys", "keys", "values", rows) + (("state",) if state is not None else ())
     return pl.pallas_call(
         kernel,
         grid=(batch, lay.groups, lay.blocks, lay.chunks),
@@ -393,14 +224,19 @@ def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size
     if q.shape[1] == 1:  # one token is bound by the state's traffic: XLA fuses it into one pass
         return xla.forward(q, k, v, log_decay, state, reset, valid, scale=scale, chunk_size=chunk_size, save=save)
     lay = layout(q, v, chunk_size)
-    arrays = (
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    decay = (lay.channels if per_channel else lay.head_rows)(log_decay, reset, valid)
+    y, new_state, *boundaries = (mosaic_tpu_channel.forward if per_channel else _by_head)(
         lay.tokens(q, valid, lay.keys),
         lay.tokens(k, valid, lay.keys),
         lay.tokens(v, valid, lay.values),
-        lay.head_rows(log_decay, reset, valid),
+        decay,
         None if state is None else lay.states(xla.flat(state, lay.groups)),
+        lay,
+        scale=scale,
+        save=save,
+        resets=reset is not None,
     )
-    y, new_state, *boundaries = _forward_by_head(arrays, lay, scale=scale, save=save, resets=reset is not None)
     y = lay.from_tokens(y, v.shape[2], v.shape[3])
     if valid is not None:  # a state that is not finite must not show at padding
         y = jnp.where(valid[..., None, None], y, 0)

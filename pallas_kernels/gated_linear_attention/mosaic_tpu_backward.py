@@ -12,30 +12,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
-from pallas_kernels.gated_linear_attention import xla
-from pallas_kernels.gated_linear_attention.mosaic_tpu import (
+from pallas_kernels.gated_linear_attention import mosaic_tpu_channel, xla
+from pallas_kernels.gated_linear_attention.mosaic_tpu import HeadDecay, join, units
+from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     BLOCK,
     CHUNK,
     LANES,
     VMEM_LIMIT,
-    HeadDecay,
     Layout,
+    block_specs,
     check_support,
     compute_dtype,
     contract,
+    cumulate,
     decayed,
-    head_specs,
-    join,
     layout,
     refuse,
-    units,
     widen,
 )
 
 
-def supports(
-    q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int
-) -> None:
+def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int) -> None:
     """Raises UnsupportedError where `backward` does not honour an argument."""
     check_support(q, k, v, log_decay, chunk_size)
     if chunk_size > CHUNK:
@@ -58,15 +55,6 @@ def _head_sums(x, count: int, dtype, exact: bool = False) -> jax.Array:
         return contract(ones, x.astype(dtype), 1, 1)
     high = x.astype(dtype)
     return contract(ones, high, 1, 1) + contract(ones, (x - high.astype(jnp.float32)).astype(dtype), 1, 1)
-
-
-def _cumulate(x, *, reverse: bool) -> jax.Array:
-    """Inclusive sums along the 128 lanes, from the last to the first when reversed."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    for size in (1, 2, 4, 8, 16, 32, 64):
-        inside = lane < LANES - size if reverse else lane >= size
-        x = x + jnp.where(inside, pltpu.roll(x, LANES - size if reverse else size, 1), 0.0)
-    return x
 
 
 def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
@@ -120,7 +108,9 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         ds_ref[h, :, lanes] = whole * ds + contract(transposed, seen.astype(dtype), 1, 0)
         # What flows through the decays.
         at = pl.ds(heads[0], count)
-        arriving[at, :] += _head_sums(decayed(until, dy * contract(q, s.astype(dtype), 1, 0), resets), count, dtype)[:count]
+        arriving[at, :] += _head_sums(decayed(until, dy * contract(q, s.astype(dtype), 1, 0), resets), count, dtype)[
+            :count
+        ]
         departing[at, :] = _head_sums(v * dv_out, count, dtype)[:count]
         through = _head_sums(decayed(whole, s * ds, resets), count, dtype)[:count]
         passing[at, :] = jnp.broadcast_to(jnp.sum(through, axis=1, keepdims=True), (count, LANES))
@@ -130,7 +120,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     dq_sum[...] += dq_in + contract(dproducts, k, 1, 0)
     dk_sum[...] += contract(dproducts, q, 0, 0)
     out = departing[...]
-    dg_ref[...] = _cumulate(arriving[...], reverse=True) + (_cumulate(out, reverse=False) - out) + passing[...]
+    dg_ref[...] = cumulate(arriving[...], 1, reverse=True) + (cumulate(out, 1, reverse=False) - out) + passing[...]
 
     @pl.when(h == pl.num_programs(3) - 1)
     def _():
@@ -142,21 +132,18 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         dbefore_ref[...] = ds_ref[h]
 
 
-def _backward_by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale, resets: bool):
+def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, resets: bool):
     batch = v.shape[0]
-    specs = head_specs(lay, lambda b, n, t, h: (b, n, h, lay.chunks - 1 - t), g.shape[0] == 1)
-    # Each head block's state goes in at the first step over time and out at the last; meanwhile the block stays.
-    state = (None, None, lay.keys, lay.lanes)
-    state_in = pl.BlockSpec(state, lambda b, n, t, h: (b, n, 0, jnp.where(t == 0, h, lay.blocks - 1)))
-    state_out = pl.BlockSpec(state, lambda b, n, t, h: (b, n, 0, jnp.where(t == lay.chunks - 1, h, 0)))
+    specs = block_specs(lay, lambda b, n, t, h: (b, n, h, lay.chunks - 1 - t))
+    decay = "shared_rows" if g.shape[0] == 1 else "rows"
     kernel = functools.partial(_head_kernel, lay=lay, scale=scale, dtype=compute_dtype(q, k, v), resets=resets)
     table = pltpu.VMEM((CHUNK // BLOCK * lay.rows, LANES), jnp.float32)
     rows = pltpu.VMEM((lay.rows, LANES), jnp.float32)
     return pl.pallas_call(
         kernel,
         grid=(batch, lay.groups, lay.chunks, lay.blocks),
-        in_specs=[*(specs[n] for n in ("keys", "keys", "values", "decay", "boundary", "values")), state_in],
-        out_specs=[*(specs[n] for n in ("keys", "keys", "values", "rows")), state_out],
+        in_specs=[specs[n] for n in ("keys", "keys", "values", decay, "boundary", "values", "state_in")],
+        out_specs=[specs[n] for n in ("keys", "keys", "values", "rows", "state_out")],
         out_shape=[
             *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k, v)),
             jax.ShapeDtypeStruct((batch, *g.shape[1:]), jnp.float32),
@@ -183,12 +170,13 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
         arrays = (q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate)
         return xla.backward(*arrays, scale=scale, chunk_size=chunk_size)
     lay = layout(q, v, chunk_size)
-    heads = v.shape[2]
-    dq, dk, dv, dg, dbefore = _backward_by_head(
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    decay = (lay.channels if per_channel else lay.head_rows)(log_decay, reset, valid)
+    dq, dk, dv, dg, dbefore = (mosaic_tpu_channel.backward if per_channel else _by_head)(
         lay.tokens(q, valid, lay.keys),
         lay.tokens(k, valid, lay.keys),
         lay.tokens(v, valid, lay.values),
-        lay.head_rows(log_decay, reset, valid),
+        decay,
         lay.states(boundaries),
         lay.tokens(dy, valid, lay.values),
         lay.states(xla.flat(dstate, lay.groups)),
@@ -198,13 +186,17 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     )
     dlog_decay = None
     if log_decay is not None:
-        moves = None if valid is None and reset is None else jnp.ones(q.shape[:2], bool)
-        moves = moves if valid is None else moves & valid
-        moves = moves if reset is None else moves & ~reset
-        dlog_decay = lay.from_head_rows(dg)
-        dlog_decay = dlog_decay if moves is None else jnp.where(moves[..., None], dlog_decay, 0.0)
+        dg = lay.from_tokens(dg, lay.groups, lay.key) if per_channel else lay.from_head_rows(dg)
+        dlog_decay = _where_it_moves(dg, reset, valid)
         dlog_decay = jnp.sum(dlog_decay, axis=(0, 1)) if log_decay.ndim == 1 else dlog_decay
         dlog_decay = dlog_decay.astype(log_decay.dtype)
     dq, dk = (lay.from_tokens(x, lay.groups, lay.key) for x in (dq, dk))
     dbefore = None if state is None else xla.unflat(lay.from_states(dbefore), lay.ratio)
-    return dq, dk, lay.from_tokens(dv, heads, lay.value), dlog_decay, dbefore
+    return dq, dk, lay.from_tokens(dv, v.shape[2], lay.value), dlog_decay, dbefore
+
+
+def _where_it_moves(dg, reset, valid):
+    """Zeros at padding and at resets, where the log decay has no effect."""
+    for mask in (None if reset is None else ~reset, valid):
+        dg = dg if mask is None else jnp.where(mask.reshape(*mask.shape, *(1,) * (dg.ndim - 2)), dg, 0.0)
+    return dg

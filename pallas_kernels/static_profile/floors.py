@@ -72,7 +72,9 @@ def gated_linear_attention(shape: Any, chip: Chip, backward: bool = False) -> Fl
 
     def bounds(chunk: int) -> Floor:
         pairs, state = (chunk + 1) / 2, shape.key * shape.value
-        wide = pairs * (shape.groups * shape.key * (3 if backward else 1) + heads * shape.value * (2 if backward else 1))
+        wide = pairs * (
+            shape.groups * shape.key * (3 if backward else 1) + heads * shape.value * (2 if backward else 1)
+        )
         products = heads * state * (5 if backward else 2) + wide
         decays = 0 if shape.decay == "none" else heads * state * (2 if backward else 1) / chunk
         scores = 0 if per_channel else heads * pairs * (5 if backward else 2)
