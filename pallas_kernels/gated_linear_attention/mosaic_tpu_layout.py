@@ -114,8 +114,9 @@ class Layout:
             g = jnp.broadcast_to(g, (1, self.length, heads))
         g = jnp.swapaxes(masked_decay(g, reset, valid), 1, 2)
         g = g.reshape(g.shape[0], -1, self.heads, self.length)
-        pads = ((0, 0), (0, 0), (0, self.rows - self.heads), (0, self.time - self.length))
-        return jnp.pad(g, pads)
+        g = jnp.pad(g, ((0, 0), (0, 0), (0, 0), (0, self.time - self.length)))
+        pads = ((0, 0), (0, 0), (0, self.rows - self.heads), (0, 0))
+        return jnp.pad(g, pads, constant_values=-jnp.inf)  # a head of padding sees nothing
 
     def channels(self, log_decay, reset, valid) -> jax.Array:
         """float32 [B, time, G * keys]: log decays [B, T, G, K]; -inf at a reset."""
