@@ -120,7 +120,8 @@ class Layout:
 
     def channels(self, log_decay, reset, valid) -> jax.Array:
         """float32 [B, time, G * keys]: log decays [B, T, G, K]; -inf at a reset."""
-        return self.tokens(masked_decay(log_decay.astype(jnp.float32), reset, valid), None, self.keys)
+        pads = ((0, 0), (0, 0), (0, 0), (0, self.keys - self.key))
+        return self.tokens(masked_decay(jnp.pad(log_decay.astype(jnp.float32), pads), reset, valid), None, self.keys)
 
     def from_head_rows(self, g) -> jax.Array:
         """[B, G * blocks, rows, time] -> [B, T, H]."""
