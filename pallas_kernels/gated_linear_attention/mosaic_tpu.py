@@ -10,6 +10,7 @@ All are sums of non-positive numbers: nothing overflows and nothing cancels. A r
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -45,25 +46,30 @@ def supports(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_siz
 class HeadDecay:
     """The decays of a chunk of several heads, from their logarithms g [rows, 128] with the tokens in the lanes.
 
+    Tables in memory: before, start [16 * rows, 128], row i * rows + h for head h and the i-th block of eight tokens:
+    exp(token j to the block's start), 0 unless j is before it; scale * exp(chunk's start to the block's start).
+    within [8 * rows, 128], row r * rows + h: exp(token j to token r of its block), 0 unless j <= r.
+    columns [128, 128], tokens in the sublanes: lane h holds exp(prefix of the block of eight) of head h, lane rows + h
+    exp(next token to the chunk's end), the last lane more than 0 if a head sees the state before the chunk.
+
     Attributes:
-      columns: [128, 128], tokens in the sublanes: lane h holds exp(prefix of the block of eight) of head h, lane
-        rows + h exp(next token to the chunk's end), the last lane more than 0 if a head sees the state before.
       whole: [rows, 128], exp(sum over the chunk) in every lane.
     """
 
-    def __init__(self, g, before_ref, start_ref, within_ref):
-        self.rows, self.before_ref, self.start_ref, self.within_ref = g.shape[0], before_ref, start_ref, within_ref
+    def __init__(self, g, scale: float, tables):
+        self.rows, (before_ref, start_ref, within_ref, columns_ref) = g.shape[0], tables
+        self.before_ref, self.start_ref, self.within_ref, self.columns_ref = tables
         lane = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1)
         place = lane & (BLOCK - 1)
         prefix, suffix = g, jnp.where(place < BLOCK - 1, pltpu.roll(g, LANES - 1, 1), 0.0)
         for size in (1, 2, 4):
             prefix = prefix + jnp.where(place >= size, pltpu.roll(prefix, size, 1), 0.0)
             suffix = suffix + jnp.where(place + size < BLOCK, pltpu.roll(suffix, LANES - size, 1), 0.0)
-        self._write_within(g, place)
+        self._write_within(g, place, within_ref)
         before, start, until = jnp.full(g.shape, -jnp.inf, jnp.float32), jnp.zeros_like(g), jnp.zeros_like(g)
         for i in range(CHUNK // BLOCK):
             before_ref[pl.ds(i * self.rows, self.rows), :] = jnp.exp(before)
-            start_ref[pl.ds(i * self.rows, self.rows), :] = jnp.exp(start)
+            start_ref[pl.ds(i * self.rows, self.rows), :] = scale * jnp.exp(start)
             inside = (lane >> 3) == i
             total = jnp.broadcast_to(prefix[:, (i + 1) * BLOCK - 1 : (i + 1) * BLOCK], g.shape)
             until = jnp.where(inside, start + prefix, until)
@@ -72,10 +78,9 @@ class HeadDecay:
         self.whole = jnp.exp(start)
         seen = jnp.max(jnp.exp(until), axis=0, keepdims=True)
         rest = jnp.broadcast_to(seen, (LANES - 2 * self.rows, LANES))
-        self.columns = jnp.concatenate([jnp.exp(prefix), jnp.exp(before), rest], axis=0).T
+        columns_ref[...] = jnp.concatenate([jnp.exp(prefix), jnp.exp(before), rest], axis=0).T
 
-    def _write_within(self, g, place) -> None:
-        """Row r * rows + h of within_ref: for token j exp(sum from j + 1 to token r of its block), 0 if r < j."""
+    def _write_within(self, g, place, within_ref) -> None:
         run, runs = jnp.zeros_like(g), [jnp.zeros_like(g)]
         for distance in range(1, BLOCK):
             run = run + pltpu.roll(g, LANES - distance, 1)
@@ -84,40 +89,44 @@ class HeadDecay:
             total = jnp.full(g.shape, -jnp.inf, jnp.float32)
             for p in range(r + 1):
                 total = jnp.where(place == p, runs[r - p], total)
-            self.within_ref[pl.ds(r * self.rows, self.rows), :] = jnp.exp(total)
+            within_ref[pl.ds(r * self.rows, self.rows), :] = jnp.exp(total)
 
-    def prefix(self, head: int) -> jax.Array:
-        """exp(sum of the block of eight up to the token), [128, 128], the same in every lane."""
-        return jnp.broadcast_to(self.columns[:, head : head + 1], (CHUNK, LANES))
+    @staticmethod
+    def tables(rows: int) -> list:
+        """The memory it takes, for the scratch of a kernel."""
+        shapes = [CHUNK // BLOCK * rows] * 2 + [BLOCK * rows, CHUNK]
+        return [pltpu.VMEM((size, LANES), jnp.float32) for size in shapes]
 
     def seen(self) -> jax.Array:
         """[128, 128], more than 0 where the state before the chunk is seen."""
-        return jnp.broadcast_to(self.columns[:, LANES - 1 :], (CHUNK, LANES))
+        return jnp.broadcast_to(self.columns_ref[:, LANES - 1 :], (CHUNK, LANES))
 
     def after(self, heads: list[int]) -> jax.Array:
         """exp(sum from the next token to the chunk's end), [128, 128], in the lanes of each head."""
         lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)
         index = self.rows + heads[0] + (lane >> 6 if len(heads) == 2 else 0 * lane)
-        return jnp.take_along_axis(self.columns, index, axis=1, mode="promise_in_bounds")
+        return jnp.take_along_axis(self.columns_ref[...], index, axis=1, mode="promise_in_bounds")
 
-    def until(self, heads: list[int], prefixes: list[jax.Array]) -> jax.Array:
-        """exp(sum from the chunk's start to the token), [128, 128], in the lanes of each head."""
-        prefix, blocks = join(prefixes), []
-        for i in range(CHUNK // BLOCK):
-            start = join([self.start_ref[pl.ds(i * self.rows + head, 1), :] for head in heads])
-            blocks.append(prefix[i * BLOCK : (i + 1) * BLOCK] * start)
-        return jnp.concatenate(blocks, axis=0)
+    def blocks(self, heads: list[int]) -> Iterator[tuple[slice, list[jax.Array], jax.Array]]:
+        """For every 16 tokens i: where they are, the weights [16, 128] of each head, and until [16, 128].
 
-    def weights(self, head: int, prefix) -> list[jax.Array]:
-        """By block of eight tokens i [8, 128]: decay from token j to i, 0 unless j <= i; prefix as `prefix(head)`."""
-        within = self.within_ref[pl.ds(head, BLOCK, stride=self.rows), :]
-        lane = jax.lax.broadcasted_iota(jnp.int32, within.shape, 1)
-        out = []
-        for i in range(CHUNK // BLOCK):
-            before = self.before_ref[pl.ds(i * self.rows + head, 1), :]
-            block = prefix[i * BLOCK : (i + 1) * BLOCK] * before
-            out.append(jnp.where((lane >> 3) == i, within, block))
-        return out
+        The weights are the decays from token j to i, 0 unless j <= i; until is scale * exp(chunk's start to i) in the
+        lanes of each head. Step by step, so that little is alive at a time.
+        """
+        withins = [self.within_ref[pl.ds(head, BLOCK, stride=self.rows), :] for head in heads]
+        lane = jax.lax.broadcasted_iota(jnp.int32, (BLOCK, LANES), 1)
+        for first in range(0, CHUNK // BLOCK, 2):
+            weights, untils = [[] for _ in heads], []
+            for i in (first, first + 1):
+                columns, starts = self.columns_ref[i * BLOCK : (i + 1) * BLOCK, :], []
+                for n, head in enumerate(heads):
+                    row = pl.ds(i * self.rows + head, 1)
+                    prefix = jnp.broadcast_to(columns[:, head : head + 1], (BLOCK, LANES))
+                    weights[n].append(jnp.where((lane >> 3) == i, withins[n], prefix * self.before_ref[row, :]))
+                    starts.append(prefix * self.start_ref[row, :])
+                untils.append(join(starts))
+            rows = slice(first * BLOCK, (first + 2) * BLOCK)
+            yield rows, [jnp.concatenate(w, axis=0) for w in weights], jnp.concatenate(untils, axis=0)
 
 
 def units(lay: Layout) -> list[tuple[list[int], slice]]:
@@ -143,7 +152,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
     state_ref = refs.pop(0) if carried else None
     y_ref, new_state_ref = refs.pop(0), refs.pop(0)
     boundary_ref = refs.pop(0) if save else None
-    s_ref, before_ref, start_ref, within_ref = refs
+    s_ref, products_ref, transposed_ref, scores_ref, until_ref, *tables = refs
     t = pl.program_id(3)
 
     @pl.when(t == 0)
@@ -156,23 +165,23 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
         def _():
             boundary_ref[...] = s_ref[...]
 
-    decay = HeadDecay(g_ref[...], before_ref, start_ref, within_ref)
+    decay = HeadDecay(g_ref[...], scale, tables)
     q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
-    products, transposed = scale * contract(q, k, 1, 1), k.T
-    for heads, lanes in units(lay):
-        width = lanes.stop - lanes.start
+    products_ref[...], transposed_ref[...] = scale * contract(q, k, 1, 1), k.T
+    for n, (heads, lanes) in enumerate(units(lay)):
+        width, until_lanes = lanes.stop - lanes.start, slice(n * LANES, (n + 1) * LANES)
+        for rows, weights, until in decay.blocks(heads):
+            for head, weight in zip(heads, weights, strict=True):
+                scores_ref[head, rows, :] = (weight * products_ref[rows, :]).astype(dtype)
+            until_ref[rows, until_lanes] = until
         v, s = v_ref[:, lanes].astype(dtype), s_ref[:, lanes]
-        prefixes = [decay.prefix(head) for head in heads]
-        parts = []
-        for head, prefix in zip(heads, prefixes, strict=True):
-            scores = jnp.concatenate(decay.weights(head, prefix), axis=0) * products
-            parts.append(contract(scores.astype(dtype), v, 1, 0))
-        until, after = widen(scale * decay.until(heads, prefixes), width), widen(decay.after(heads), width)
-        whole = widen(join([decay.whole[h : h + 1] for h in heads]), width)
-        y = decayed(until, contract(q, s.astype(dtype), 1, 0), resets) + join(parts)
+        y = decayed(widen(until_ref[:, until_lanes], width), contract(q, s.astype(dtype), 1, 0), resets)
+        y = y + join([contract(scores_ref[head], v, 1, 0) for head in heads])
         y_ref[:, lanes] = y.astype(y_ref.dtype)
-        added = contract(transposed, (after * v.astype(jnp.float32)).astype(dtype), 1, 0)
-        s_ref[:, lanes] = decayed(jnp.broadcast_to(whole, s.shape), s, resets) + added
+        added = (widen(decay.after(heads), width) * v.astype(jnp.float32)).astype(dtype)
+        whole = widen(join([decay.whole[h : h + 1] for h in heads]), width)
+        whole = decayed(jnp.broadcast_to(whole, s.shape), s, resets)
+        s_ref[:, lanes] = whole + contract(transposed_ref[...], added, 1, 0)
 
     @pl.when(t == pl.num_programs(3) - 1)
     def _():
@@ -190,11 +199,12 @@ def _by_head(q, k, v, g, state, lay: Layout, *, scale: float, save: bool, resets
     if save:
         shape = (batch, lay.boundaries, *out_shape[1].shape[1:])
         out_shape.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+    dtype = compute_dtype(q, k, v)
     kernel = functools.partial(
         _head_kernel,
         lay=lay,
         scale=scale,
-        dtype=compute_dtype(q, k, v),
+        dtype=dtype,
         carried=state is not None,
         save=save,
         resets=resets,
@@ -208,8 +218,11 @@ def _by_head(q, k, v, g, state, lay: Layout, *, scale: float, save: bool, resets
         out_shape=out_shape,
         scratch_shapes=[
             pltpu.VMEM((lay.keys, lay.lanes), jnp.float32),
-            *[pltpu.VMEM((CHUNK // BLOCK * lay.rows, LANES), jnp.float32)] * 2,
-            pltpu.VMEM((BLOCK * lay.rows, LANES), jnp.float32),
+            pltpu.VMEM((CHUNK, CHUNK), jnp.float32),
+            pltpu.VMEM((lay.keys, CHUNK), dtype),
+            pltpu.VMEM((lay.heads, CHUNK, CHUNK), dtype),
+            pltpu.VMEM((CHUNK, len(units(lay)) * LANES), jnp.float32),
+            *HeadDecay.tables(lay.rows),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT

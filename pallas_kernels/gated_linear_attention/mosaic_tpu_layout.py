@@ -14,7 +14,7 @@ from pallas_kernels import dispatch
 CHUNK = 128  # tokens of a step: a product of two chunks fills the matrix unit, a row of them a register
 BLOCK = 8  # tokens of a register
 LANES = 128
-MAX_LANES = 1024  # of the values of a step
+MAX_LANES = 2560  # of the values of a step
 VMEM_LIMIT = 32 * 2**20  # a state and its gradient of 512 x 512, twice for the copies, beside the blocks
 
 
