@@ -50,7 +50,7 @@ class HeadDecay:
     exp(token j to the block's start), 0 unless j is before it; scale * exp(chunk's start to the block's start).
     within [8 * rows, 128], row r * rows + h: exp(token j to token r of its block), 0 unless j <= r.
     columns [128, 128], tokens in the sublanes: lane h holds exp(prefix of the block of eight) of head h, lane rows + h
-    exp(next token to the chunk's end), the last lane more than 0 if a head sees the state before the chunk.
+    exp(next token to the chunk's end), lane 2 * rows more than 0 if a head sees the state before the chunk.
 
     Attributes:
       whole: [rows, 128], exp(sum over the chunk) in every lane.
@@ -77,8 +77,8 @@ class HeadDecay:
             start = start + total
         self.whole = jnp.exp(start)
         seen = jnp.max(jnp.exp(until), axis=0, keepdims=True)
-        rest = jnp.broadcast_to(seen, (LANES - 2 * self.rows, LANES))
-        columns_ref[...] = jnp.concatenate([jnp.exp(prefix), jnp.exp(before), rest], axis=0).T
+        rows = [jnp.exp(prefix), jnp.exp(before), jnp.broadcast_to(seen, (BLOCK, LANES))]
+        columns_ref[:, : 2 * self.rows + BLOCK] = jnp.concatenate(rows, axis=0).T
 
     def _write_within(self, g, place, within_ref) -> None:
         run, runs = jnp.zeros_like(g), [jnp.zeros_like(g)]
@@ -99,7 +99,7 @@ class HeadDecay:
 
     def seen(self) -> jax.Array:
         """[128, 128], more than 0 where the state before the chunk is seen."""
-        return jnp.broadcast_to(self.columns_ref[:, LANES - 1 :], (CHUNK, LANES))
+        return jnp.broadcast_to(self.columns_ref[:, 2 * self.rows : 2 * self.rows + 1], (CHUNK, LANES))
 
     def after(self, heads: list[int]) -> jax.Array:
         """exp(sum from the next token to the chunk's end), [128, 128], in the lanes of each head."""

@@ -47,20 +47,49 @@ def _one_head(x, head: int, count: int) -> jax.Array:
     return jnp.where((lane >> 6) == head, x, 0.0)
 
 
-def _head_sums(x, count: int, dtype, exact: bool = False) -> jax.Array:
+def _head_sums(x, count: int) -> jax.Array:
     """x [n, lanes of `count` heads] summed over the lanes of each: [8, n], head by head, the tokens in the lanes."""
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (BLOCK, x.shape[1]), axis) for axis in (0, 1))
-    ones = jnp.where(row == (lane >> 6 if count == 2 else 0), 1.0, 0.0).astype(dtype)
-    if dtype == jnp.float32 or not exact:
-        return contract(ones, x.astype(dtype), 1, 1)
-    high = x.astype(dtype)
-    return contract(ones, high, 1, 1) + contract(ones, (x - high.astype(jnp.float32)).astype(dtype), 1, 1)
+    return contract(jnp.where(row == (lane >> 6 if count == 2 else 0), 1.0, 0.0).astype(x.dtype), x, 1, 1)
+
+
+def _within(decay, heads: list[int], slot: int, refs, until_lanes: slice, dtype) -> list[jax.Array]:
+    """Pairs of tokens of the chunk: writes scores and their flow through the decays, adds to the product's gradient.
+
+    Returns the flow by its target less that by its source, [1, 128] for each head.
+    """
+    products_ref, dproducts_ref, dscores_ref, scores_ref, high_ref, low_ref, until_ref = refs
+    leaving = [jnp.zeros((BLOCK, LANES), jnp.float32) for _ in heads]
+    shape = (2 * BLOCK, LANES)
+    distance = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    for rows, weights, until in decay.blocks(heads):
+        until_ref[rows, until_lanes] = until
+        dproducts = dproducts_ref[rows, :]
+        for n, weight in enumerate(weights):
+            scores, dscores = weight * products_ref[rows, :], dscores_ref[slot + n, rows, :]
+            scores_ref[slot + n, rows, :] = scores.astype(dtype)
+            dproducts = dproducts + weight * dscores
+            # A token does not decay what it adds itself.
+            flow = jnp.where(distance == -rows.start, 0.0, scores * dscores)
+            leaving[n] = leaving[n] + (flow[:BLOCK] + flow[BLOCK:])
+            high_ref[slot + n, rows, :] = flow.astype(dtype)
+            if dtype != jnp.float32:  # targets and sources nearly cancel: both parts of the number are summed
+                low_ref[slot + n, rows, :] = (flow - flow.astype(dtype).astype(jnp.float32)).astype(dtype)
+        dproducts_ref[rows, :] = dproducts
+    out = []
+    for n, source in enumerate(leaving):
+        target = _head_sums(high_ref[slot + n], 1)
+        target = target if dtype == jnp.float32 else target + _head_sums(low_ref[slot + n], 1)
+        out.append(target[:1] - jnp.sum(source, axis=0, keepdims=True))
+    return out
 
 
 def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     q_ref, k_ref, v_ref, g_ref, s_ref, dy_ref, dstate_ref, *refs = refs
-    dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *scratch = refs
-    ds_ref, dq_sum, dk_sum, arriving, departing, passing, *tables = scratch
+    dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *refs = refs
+    ds_ref, dq_sum, dk_sum, arriving, departing, passing, transposed_ref, *refs = refs
+    pair_refs, tables = refs[:7], refs[7:]
+    products_ref, dproducts_ref, dscores_ref, scores_ref, _, _, until_ref = pair_refs
     t, h = pl.program_id(2), pl.program_id(3)
 
     @pl.when(t == 0)
@@ -72,49 +101,39 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         dq_sum[...] = jnp.zeros(dq_sum.shape, jnp.float32)
         dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
 
-    for ref in (arriving, departing, passing):
+    for ref in (arriving, departing, passing, dproducts_ref):
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
-    decay = HeadDecay(g_ref[...], *tables)
+    decay = HeadDecay(g_ref[...], scale, tables)
     q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
-    products, transposed = scale * contract(q, k, 1, 1), q.T
-    row, lane = (jax.lax.broadcasted_iota(jnp.int32, products.shape, axis) for axis in (0, 1))
-    dproducts = jnp.zeros(products.shape, jnp.float32)
+    products_ref[...], transposed_ref[...] = scale * contract(q, k, 1, 1), q.T
     dq_in = jnp.zeros(dq_sum.shape, jnp.float32)
-    for heads, lanes in units(lay):
-        width, count = lanes.stop - lanes.start, len(heads)
+    for unit, (heads, lanes) in enumerate(units(lay)):
+        width, count, at = lanes.stop - lanes.start, len(heads), pl.ds(heads[0], len(heads))
+        slot, until_lanes = unit % 2 * count, slice(unit % 2 * LANES, (unit % 2 + 1) * LANES)
         v, dy = (ref[:, lanes].astype(jnp.float32) for ref in (v_ref, dy_ref))
-        s, ds = s_ref[:, lanes], ds_ref[h, :, lanes]
-        prefixes = [decay.prefix(head) for head in heads]
-        until, after = widen(scale * decay.until(heads, prefixes), width), widen(decay.after(heads), width)
-        whole = jnp.broadcast_to(widen(join([decay.whole[n : n + 1] for n in heads]), width), s.shape)
         v_half, dy_half = v.astype(dtype), dy.astype(dtype)
-        # Within the chunk.
-        parts = []
-        for n, (head, prefix) in enumerate(zip(heads, prefixes, strict=True)):
-            weights = jnp.concatenate(decay.weights(head, prefix), axis=0)
-            scores = weights * products
-            dscores = contract(_one_head(dy, n, count).astype(dtype), v_half, 1, 1)
-            parts.append(contract(scores.astype(dtype), dy_half, 0, 0))
-            dproducts = dproducts + weights * dscores
-            flow = jnp.where(row == lane, 0.0, scores * dscores)  # a token does not decay what it adds itself
-            sums = _head_sums(flow, 1, dtype, exact=True)[:1] - jnp.sum(flow, axis=0, keepdims=True)
-            arriving[pl.ds(head, 1), :] = sums
+        s, ds = s_ref[:, lanes], ds_ref[h, :, lanes]
+        s_half, ds_half = s.astype(dtype), ds.astype(dtype)
+        for n in range(count):
+            dscores_ref[slot + n] = contract(_one_head(dy, n, count).astype(dtype), v_half, 1, 1)
+        flows = _within(decay, heads, slot, pair_refs, until_lanes, dtype)
+        dv = join([contract(scores_ref[slot + n], dy_half, 0, 0) for n in range(count)])
         # From the state before the chunk, and to the state after it.
+        until, after = widen(until_ref[:, until_lanes], width), widen(decay.after(heads), width)
+        whole = jnp.broadcast_to(widen(join([decay.whole[n : n + 1] for n in heads]), width), s.shape)
         seen, added = dy * until, (after * v).astype(dtype)
-        dq_in = dq_in + contract(seen.astype(dtype), s.astype(dtype), 1, 1)
-        dk_sum[...] += contract(added, ds.astype(dtype), 1, 1)
-        dv_out = after * contract(k, ds.astype(dtype), 1, 0)
-        dv_ref[:, lanes] = (join(parts) + dv_out).astype(dv_ref.dtype)
-        ds_ref[h, :, lanes] = whole * ds + contract(transposed, seen.astype(dtype), 1, 0)
+        dq_in = dq_in + contract(seen.astype(dtype), s_half, 1, 1)
+        dk_sum[...] += contract(added, ds_half, 1, 1)
+        dv_out = after * contract(k, ds_half, 1, 0)
+        dv_ref[:, lanes] = (dv + dv_out).astype(dv_ref.dtype)
+        ds_ref[h, :, lanes] = whole * ds + contract(transposed_ref[...], seen.astype(dtype), 1, 0)
         # What flows through the decays.
-        at = pl.ds(heads[0], count)
-        arriving[at, :] += _head_sums(decayed(until, dy * contract(q, s.astype(dtype), 1, 0), resets), count, dtype)[
-            :count
-        ]
-        departing[at, :] = _head_sums(v * dv_out, count, dtype)[:count]
-        through = _head_sums(decayed(whole, s * ds, resets), count, dtype)[:count]
+        seen = decayed(until, dy * contract(q, s_half, 1, 0), resets).astype(dtype)
+        arriving[at, :] = jnp.concatenate(flows, axis=0) + _head_sums(seen, count)[:count]
+        departing[at, :] = _head_sums((v * dv_out).astype(dtype), count)[:count]
+        through = _head_sums(decayed(whole, s * ds, resets).astype(dtype), count)[:count]
         passing[at, :] = jnp.broadcast_to(jnp.sum(through, axis=1, keepdims=True), (count, LANES))
-    dproducts = (scale * dproducts).astype(dtype)
+    dproducts = (scale * dproducts_ref[...]).astype(dtype)
     if resets:
         dq_in = jnp.where(widen(decay.seen(), dq_in.shape[1]) > 0.0, dq_in, 0.0)
     dq_sum[...] += dq_in + contract(dproducts, k, 1, 0)
@@ -136,9 +155,10 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
     batch = v.shape[0]
     specs = block_specs(lay, lambda b, n, t, h: (b, n, h, lay.chunks - 1 - t))
     decay = "shared_rows" if g.shape[0] == 1 else "rows"
-    kernel = functools.partial(_head_kernel, lay=lay, scale=scale, dtype=compute_dtype(q, k, v), resets=resets)
-    table = pltpu.VMEM((CHUNK // BLOCK * lay.rows, LANES), jnp.float32)
+    dtype = compute_dtype(q, k, v)
+    kernel = functools.partial(_head_kernel, lay=lay, scale=scale, dtype=dtype, resets=resets)
     rows = pltpu.VMEM((lay.rows, LANES), jnp.float32)
+    count = 2 * len(units(lay)[0][0])  # of one unit and of the next
     return pl.pallas_call(
         kernel,
         grid=(batch, lay.groups, lay.chunks, lay.blocks),
@@ -153,8 +173,12 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
             pltpu.VMEM((lay.blocks, lay.keys, lay.lanes), jnp.float32),
             *[pltpu.VMEM((CHUNK, lay.keys), jnp.float32)] * 2,
             *[rows] * 3,
-            *[table] * 2,
-            pltpu.VMEM((BLOCK * lay.rows, LANES), jnp.float32),
+            pltpu.VMEM((lay.keys, CHUNK), dtype),
+            *[pltpu.VMEM((CHUNK, CHUNK), jnp.float32)] * 2,
+            pltpu.VMEM((count, CHUNK, CHUNK), jnp.float32),
+            *[pltpu.VMEM((count, CHUNK, CHUNK), dtype)] * 3,
+            pltpu.VMEM((CHUNK, 2 * LANES), jnp.float32),
+            *HeadDecay.tables(lay.rows),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
