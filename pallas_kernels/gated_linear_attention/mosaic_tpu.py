@@ -10,7 +10,8 @@ All are sums of non-positive numbers: nothing overflows and nothing cancels. A r
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     widen,
 )
 
+UNROLL = 4
+
 
 def supports(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size: int, save: bool) -> None:
     """Raises UnsupportedError where `forward` does not honour an argument."""
@@ -52,13 +55,12 @@ class HeadDecay:
     columns [128, 128], tokens in the sublanes: lane h holds exp(prefix of the block of eight) of head h, lane rows + h
     exp(next token to the chunk's end), lane 2 * rows more than 0 if a head sees the state before the chunk.
 
-    Attributes:
-      whole: [rows, 128], exp(sum over the chunk) in every lane.
+    whole [rows, 128]: exp(sum over the chunk) in every lane.
     """
 
     def __init__(self, g, scale: float, tables):
-        self.rows, (before_ref, start_ref, within_ref, columns_ref) = g.shape[0], tables
-        self.before_ref, self.start_ref, self.within_ref, self.columns_ref = tables
+        self.rows, (before_ref, start_ref, within_ref, columns_ref, whole_ref) = g.shape[0], tables
+        self.before_ref, self.start_ref, self.within_ref, self.columns_ref, self.whole_ref = tables
         lane = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1)
         place = lane & (BLOCK - 1)
         prefix, suffix = g, jnp.where(place < BLOCK - 1, pltpu.roll(g, LANES - 1, 1), 0.0)
@@ -75,7 +77,7 @@ class HeadDecay:
             until = jnp.where(inside, start + prefix, until)
             before = jnp.where(inside, suffix, before + total)
             start = start + total
-        self.whole = jnp.exp(start)
+        whole_ref[...] = jnp.exp(start)
         seen = jnp.max(jnp.exp(until), axis=0, keepdims=True)
         rows = [jnp.exp(prefix), jnp.exp(before), jnp.broadcast_to(seen, (BLOCK, LANES))]
         columns_ref[:, : 2 * self.rows + BLOCK] = jnp.concatenate(rows, axis=0).T
@@ -94,20 +96,24 @@ class HeadDecay:
     @staticmethod
     def tables(rows: int) -> list:
         """The memory it takes, for the scratch of a kernel."""
-        shapes = [CHUNK // BLOCK * rows] * 2 + [BLOCK * rows, CHUNK]
+        shapes = [CHUNK // BLOCK * rows] * 2 + [BLOCK * rows, CHUNK, rows]
         return [pltpu.VMEM((size, LANES), jnp.float32) for size in shapes]
 
     def seen(self) -> jax.Array:
         """[128, 128], more than 0 where the state before the chunk is seen."""
         return jnp.broadcast_to(self.columns_ref[:, 2 * self.rows : 2 * self.rows + 1], (CHUNK, LANES))
 
-    def after(self, heads: list[int]) -> jax.Array:
+    def whole(self, heads: list, shape) -> jax.Array:
+        """exp(sum over the chunk), [K, lanes], in the lanes of each head."""
+        row = join([self.whole_ref[pl.ds(head, 1), :] for head in heads])
+        return jnp.broadcast_to(widen(row, shape[1]), shape)
+
+    def after(self, heads: list) -> jax.Array:
         """exp(sum from the next token to the chunk's end), [128, 128], in the lanes of each head."""
         lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)
-        index = self.rows + heads[0] + (lane >> 6 if len(heads) == 2 else 0 * lane)
-        return jnp.take_along_axis(self.columns_ref[...], index, axis=1, mode="promise_in_bounds")
+        return _pick(self.columns_ref[...], self.rows + heads[0] + (lane >> 6 if len(heads) == 2 else 0 * lane))
 
-    def blocks(self, heads: list[int]) -> Iterator[tuple[slice, list[jax.Array], jax.Array]]:
+    def blocks(self, heads: list) -> Iterator[tuple[slice, list[jax.Array], jax.Array]]:
         """For every 16 tokens i: where they are, the weights [16, 128] of each head, and until [16, 128].
 
         The weights are the decays from token j to i, 0 unless j <= i; until is scale * exp(chunk's start to i) in the
@@ -121,7 +127,7 @@ class HeadDecay:
                 columns, starts = self.columns_ref[i * BLOCK : (i + 1) * BLOCK, :], []
                 for n, head in enumerate(heads):
                     row = pl.ds(i * self.rows + head, 1)
-                    prefix = jnp.broadcast_to(columns[:, head : head + 1], (BLOCK, LANES))
+                    prefix = _pick(columns, jnp.full(columns.shape, head, jnp.int32))
                     weights[n].append(jnp.where((lane >> 3) == i, withins[n], prefix * self.before_ref[row, :]))
                     starts.append(prefix * self.start_ref[row, :])
                 untils.append(join(starts))
@@ -129,13 +135,38 @@ class HeadDecay:
             yield rows, [jnp.concatenate(w, axis=0) for w in weights], jnp.concatenate(untils, axis=0)
 
 
-def units(lay: Layout) -> list[tuple[list[int], slice]]:
-    """(heads, lanes) that are computed together: two heads of half a register, or one head."""
-    count = max(1, LANES // lay.values)
+def _pick(x, lanes) -> jax.Array:
+    """x[i, lanes[i, j]] of x [n, 128]."""
+    return jnp.take_along_axis(x, lanes, axis=1, mode="promise_in_bounds")
+
+
+def paired(lay: Layout) -> int:
+    """Heads that are computed together: two of half a register, or one."""
+    return max(1, LANES // lay.values)
+
+
+def unrolled(lay: Layout) -> int:
+    """How many of them the compiler sees at once: enough to overlap, few enough to stay in registers."""
+    total = lay.heads // paired(lay)
+    return max(n for n in range(1, UNROLL + 1) if total % n == 0)
+
+
+def for_heads(lay: Layout, body: Callable[[list, Any, int], None]) -> None:
+    """Calls `body(heads, lanes, slot)` for all heads of a step, slot < unrolled."""
+    count, steps = paired(lay), unrolled(lay)
     width = count * lay.values
-    return [
-        (list(range(n * count, (n + 1) * count)), slice(n * width, (n + 1) * width)) for n in range(lay.heads // count)
-    ]
+
+    def step(i, _=None):
+        for slot in range(steps):
+            first = (i * steps + slot) * count
+            start = first * lay.values
+            start = start if isinstance(start, int) else pl.multiple_of(start, LANES)
+            body([first + n for n in range(count)], pl.ds(start, width), slot)
+
+    if steps * count == lay.heads:
+        step(0)
+    else:
+        jax.lax.fori_loop(0, lay.heads // (steps * count), step, None)
 
 
 def join(parts: list[jax.Array]) -> jax.Array:
@@ -168,20 +199,23 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
     decay = HeadDecay(g_ref[...], scale, tables)
     q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
     products_ref[...], transposed_ref[...] = scale * contract(q, k, 1, 1), k.T
-    for n, (heads, lanes) in enumerate(units(lay)):
-        width, until_lanes = lanes.stop - lanes.start, slice(n * LANES, (n + 1) * LANES)
+
+    def body(heads, lanes, slot):
+        width, until_lanes = lanes.size, slice(slot * LANES, (slot + 1) * LANES)
         for rows, weights, until in decay.blocks(heads):
-            for head, weight in zip(heads, weights, strict=True):
-                scores_ref[head, rows, :] = (weight * products_ref[rows, :]).astype(dtype)
+            for n, weight in enumerate(weights):
+                scores_ref[slot * len(heads) + n, rows, :] = (weight * products_ref[rows, :]).astype(dtype)
             until_ref[rows, until_lanes] = until
         v, s = v_ref[:, lanes].astype(dtype), s_ref[:, lanes]
-        y = decayed(widen(until_ref[:, until_lanes], width), contract(q, s.astype(dtype), 1, 0), resets)
-        y = y + join([contract(scores_ref[head], v, 1, 0) for head in heads])
+        seen = contract(q_ref[...].astype(dtype), s.astype(dtype), 1, 0)
+        y = decayed(widen(until_ref[:, until_lanes], width), seen, resets)
+        y = y + join([contract(scores_ref[slot * len(heads) + n], v, 1, 0) for n in range(len(heads))])
         y_ref[:, lanes] = y.astype(y_ref.dtype)
         added = (widen(decay.after(heads), width) * v.astype(jnp.float32)).astype(dtype)
-        whole = widen(join([decay.whole[h : h + 1] for h in heads]), width)
-        whole = decayed(jnp.broadcast_to(whole, s.shape), s, resets)
-        s_ref[:, lanes] = whole + contract(transposed_ref[...], added, 1, 0)
+        kept = decayed(decay.whole(heads, s.shape), s, resets)
+        s_ref[:, lanes] = kept + contract(transposed_ref[...], added, 1, 0)
+
+    for_heads(lay, body)
 
     @pl.when(t == pl.num_programs(3) - 1)
     def _():
@@ -220,8 +254,8 @@ def _by_head(q, k, v, g, state, lay: Layout, *, scale: float, save: bool, resets
             pltpu.VMEM((lay.keys, lay.lanes), jnp.float32),
             pltpu.VMEM((CHUNK, CHUNK), jnp.float32),
             pltpu.VMEM((lay.keys, CHUNK), dtype),
-            pltpu.VMEM((lay.heads, CHUNK, CHUNK), dtype),
-            pltpu.VMEM((CHUNK, len(units(lay)) * LANES), jnp.float32),
+            pltpu.VMEM((unrolled(lay) * paired(lay), CHUNK, CHUNK), dtype),
+            pltpu.VMEM((CHUNK, unrolled(lay) * LANES), jnp.float32),
             *HeadDecay.tables(lay.rows),
         ],
         compiler_params=pltpu.CompilerParams(

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.gated_linear_attention import mosaic_tpu_channel, xla
-from pallas_kernels.gated_linear_attention.mosaic_tpu import HeadDecay, join, units
+from pallas_kernels.gated_linear_attention.mosaic_tpu import HeadDecay, for_heads, join, paired, unrolled
 from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     BLOCK,
     CHUNK,
@@ -53,7 +53,7 @@ def _head_sums(x, count: int) -> jax.Array:
     return contract(jnp.where(row == (lane >> 6 if count == 2 else 0), 1.0, 0.0).astype(x.dtype), x, 1, 1)
 
 
-def _within(decay, heads: list[int], slot: int, refs, until_lanes: slice, dtype) -> list[jax.Array]:
+def _within(decay, heads: list, slot: int, refs, until_lanes: slice, dtype) -> list[jax.Array]:
     """Pairs of tokens of the chunk: writes scores and their flow through the decays, adds to the product's gradient.
 
     Returns the flow by its target less that by its source, [1, 128] for each head.
@@ -87,7 +87,7 @@ def _within(decay, heads: list[int], slot: int, refs, until_lanes: slice, dtype)
 def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     q_ref, k_ref, v_ref, g_ref, s_ref, dy_ref, dstate_ref, *refs = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *refs = refs
-    ds_ref, dq_sum, dk_sum, arriving, departing, passing, transposed_ref, *refs = refs
+    ds_ref, dq_sum, dk_sum, dq_in, arriving, departing, passing, transposed_ref, *refs = refs
     pair_refs, tables = refs[:7], refs[7:]
     products_ref, dproducts_ref, dscores_ref, scores_ref, _, _, until_ref = pair_refs
     t, h = pl.program_id(2), pl.program_id(3)
@@ -101,15 +101,15 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         dq_sum[...] = jnp.zeros(dq_sum.shape, jnp.float32)
         dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
 
-    for ref in (arriving, departing, passing, dproducts_ref):
+    for ref in (arriving, departing, passing, dproducts_ref, dq_in):
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
     decay = HeadDecay(g_ref[...], scale, tables)
     q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
     products_ref[...], transposed_ref[...] = scale * contract(q, k, 1, 1), q.T
-    dq_in = jnp.zeros(dq_sum.shape, jnp.float32)
-    for unit, (heads, lanes) in enumerate(units(lay)):
-        width, count, at = lanes.stop - lanes.start, len(heads), pl.ds(heads[0], len(heads))
-        slot, until_lanes = unit % 2 * count, slice(unit % 2 * LANES, (unit % 2 + 1) * LANES)
+
+    def body(heads, lanes, slot):
+        width, count = lanes.size, len(heads)
+        slot, until_lanes = slot * count, slice(slot * LANES, (slot + 1) * LANES)
         v, dy = (ref[:, lanes].astype(jnp.float32) for ref in (v_ref, dy_ref))
         v_half, dy_half = v.astype(dtype), dy.astype(dtype)
         s, ds = s_ref[:, lanes], ds_ref[h, :, lanes]
@@ -120,23 +120,30 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         dv = join([contract(scores_ref[slot + n], dy_half, 0, 0) for n in range(count)])
         # From the state before the chunk, and to the state after it.
         until, after = widen(until_ref[:, until_lanes], width), widen(decay.after(heads), width)
-        whole = jnp.broadcast_to(widen(join([decay.whole[n : n + 1] for n in heads]), width), s.shape)
+        whole = decay.whole(heads, s.shape)
         seen, added = dy * until, (after * v).astype(dtype)
-        dq_in = dq_in + contract(seen.astype(dtype), s_half, 1, 1)
+        dq_in[...] += contract(seen.astype(dtype), s_half, 1, 1)
         dk_sum[...] += contract(added, ds_half, 1, 1)
-        dv_out = after * contract(k, ds_half, 1, 0)
+        dv_out = after * contract(k_ref[...].astype(dtype), ds_half, 1, 0)
         dv_ref[:, lanes] = (dv + dv_out).astype(dv_ref.dtype)
         ds_ref[h, :, lanes] = whole * ds + contract(transposed_ref[...], seen.astype(dtype), 1, 0)
         # What flows through the decays.
-        seen = decayed(until, dy * contract(q, s_half, 1, 0), resets).astype(dtype)
-        arriving[at, :] = jnp.concatenate(flows, axis=0) + _head_sums(seen, count)[:count]
-        departing[at, :] = _head_sums((v * dv_out).astype(dtype), count)[:count]
-        through = _head_sums(decayed(whole, s * ds, resets).astype(dtype), count)[:count]
-        passing[at, :] = jnp.broadcast_to(jnp.sum(through, axis=1, keepdims=True), (count, LANES))
+        y_in = contract(q_ref[...].astype(dtype), s_half, 1, 0)
+        seen = _head_sums(decayed(until, dy * y_in, resets).astype(dtype), count)
+        out = _head_sums((v * dv_out).astype(dtype), count)
+        through = _head_sums(decayed(whole, s * ds, resets).astype(dtype), count)
+        through = jnp.broadcast_to(jnp.sum(through, axis=1, keepdims=True), out.shape)
+        for n, head in enumerate(heads):
+            row = pl.ds(head, 1)
+            arriving[row, :] = flows[n] + seen[n : n + 1]
+            departing[row, :], passing[row, :] = out[n : n + 1], through[n : n + 1]
+
+    for_heads(lay, body)
     dproducts = (scale * dproducts_ref[...]).astype(dtype)
+    from_state = dq_in[...]
     if resets:
-        dq_in = jnp.where(widen(decay.seen(), dq_in.shape[1]) > 0.0, dq_in, 0.0)
-    dq_sum[...] += dq_in + contract(dproducts, k, 1, 0)
+        from_state = jnp.where(widen(decay.seen(), lay.keys) > 0.0, from_state, 0.0)
+    dq_sum[...] += from_state + contract(dproducts, k, 1, 0)
     dk_sum[...] += contract(dproducts, q, 0, 0)
     out = departing[...]
     dg_ref[...] = cumulate(arriving[...], 1, reverse=True) + (cumulate(out, 1, reverse=False) - out) + passing[...]
@@ -158,7 +165,7 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
     dtype = compute_dtype(q, k, v)
     kernel = functools.partial(_head_kernel, lay=lay, scale=scale, dtype=dtype, resets=resets)
     rows = pltpu.VMEM((lay.rows, LANES), jnp.float32)
-    count = 2 * len(units(lay)[0][0])  # of one unit and of the next
+    count = unrolled(lay) * paired(lay)
     return pl.pallas_call(
         kernel,
         grid=(batch, lay.groups, lay.chunks, lay.blocks),
@@ -171,13 +178,13 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
         ],
         scratch_shapes=[
             pltpu.VMEM((lay.blocks, lay.keys, lay.lanes), jnp.float32),
-            *[pltpu.VMEM((CHUNK, lay.keys), jnp.float32)] * 2,
+            *[pltpu.VMEM((CHUNK, lay.keys), jnp.float32)] * 3,
             *[rows] * 3,
             pltpu.VMEM((lay.keys, CHUNK), dtype),
             *[pltpu.VMEM((CHUNK, CHUNK), jnp.float32)] * 2,
             pltpu.VMEM((count, CHUNK, CHUNK), jnp.float32),
             *[pltpu.VMEM((count, CHUNK, CHUNK), dtype)] * 3,
-            pltpu.VMEM((CHUNK, 2 * LANES), jnp.float32),
+            pltpu.VMEM((CHUNK, unrolled(lay) * LANES), jnp.float32),
             *HeadDecay.tables(lay.rows),
         ],
         compiler_params=pltpu.CompilerParams(
