@@ -35,7 +35,7 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     widen,
 )
 
-UNROLL = 4
+UNROLL = 20  # pairs of heads
 
 
 def supports(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size: int, save: bool) -> None:
@@ -145,15 +145,15 @@ def paired(lay: Layout) -> int:
     return max(1, LANES // lay.values)
 
 
-def unrolled(lay: Layout) -> int:
+def unrolled(lay: Layout, limit: int) -> int:
     """How many of them the compiler sees at once: enough to overlap, few enough to stay in registers."""
     total = lay.heads // paired(lay)
-    return max(n for n in range(1, UNROLL + 1) if total % n == 0)
+    return max(n for n in range(1, limit + 1) if total % n == 0)
 
 
-def for_heads(lay: Layout, body: Callable[[list, Any, int], None]) -> None:
-    """Calls `body(heads, lanes, slot)` for all heads of a step, slot < unrolled."""
-    count, steps = paired(lay), unrolled(lay)
+def for_heads(lay: Layout, steps: int, body: Callable[[list, Any, int], None]) -> None:
+    """Calls `body(heads, lanes, slot)` for all heads of a step, `steps` of them unrolled, slot < steps."""
+    count = paired(lay)
     width = count * lay.values
 
     def step(i, _=None):
@@ -215,7 +215,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
         kept = decayed(decay.whole(heads, s.shape), s, resets)
         s_ref[:, lanes] = kept + contract(transposed_ref[...], added, 1, 0)
 
-    for_heads(lay, body)
+    for_heads(lay, unrolled(lay, UNROLL), body)
 
     @pl.when(t == pl.num_programs(3) - 1)
     def _():
@@ -254,8 +254,8 @@ def _by_head(q, k, v, g, state, lay: Layout, *, scale: float, save: bool, resets
             pltpu.VMEM((lay.keys, lay.lanes), jnp.float32),
             pltpu.VMEM((CHUNK, CHUNK), jnp.float32),
             pltpu.VMEM((lay.keys, CHUNK), dtype),
-            pltpu.VMEM((unrolled(lay) * paired(lay), CHUNK, CHUNK), dtype),
-            pltpu.VMEM((CHUNK, unrolled(lay) * LANES), jnp.float32),
+            pltpu.VMEM((unrolled(lay, UNROLL) * paired(lay), CHUNK, CHUNK), dtype),
+            pltpu.VMEM((CHUNK, unrolled(lay, UNROLL) * LANES), jnp.float32),
             *HeadDecay.tables(lay.rows),
         ],
         compiler_params=pltpu.CompilerParams(

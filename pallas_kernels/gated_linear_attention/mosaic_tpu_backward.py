@@ -31,6 +31,8 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     widen,
 )
 
+UNROLL = 4  # pairs of heads
+
 
 def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int) -> None:
     """Raises UnsupportedError where `backward` does not honour an argument."""
@@ -138,7 +140,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
             arriving[row, :] = flows[n] + seen[n : n + 1]
             departing[row, :], passing[row, :] = out[n : n + 1], through[n : n + 1]
 
-    for_heads(lay, body)
+    for_heads(lay, unrolled(lay, UNROLL), body)
     dproducts = (scale * dproducts_ref[...]).astype(dtype)
     from_state = dq_in[...]
     if resets:
@@ -165,7 +167,7 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
     dtype = compute_dtype(q, k, v)
     kernel = functools.partial(_head_kernel, lay=lay, scale=scale, dtype=dtype, resets=resets)
     rows = pltpu.VMEM((lay.rows, LANES), jnp.float32)
-    count = unrolled(lay) * paired(lay)
+    count = unrolled(lay, UNROLL) * paired(lay)
     return pl.pallas_call(
         kernel,
         grid=(batch, lay.groups, lay.chunks, lay.blocks),
@@ -184,7 +186,7 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
             *[pltpu.VMEM((CHUNK, CHUNK), jnp.float32)] * 2,
             pltpu.VMEM((count, CHUNK, CHUNK), jnp.float32),
             *[pltpu.VMEM((count, CHUNK, CHUNK), dtype)] * 3,
-            pltpu.VMEM((CHUNK, unrolled(lay) * LANES), jnp.float32),
+            pltpu.VMEM((CHUNK, unrolled(lay, UNROLL) * LANES), jnp.float32),
             *HeadDecay.tables(lay.rows),
         ],
         compiler_params=pltpu.CompilerParams(

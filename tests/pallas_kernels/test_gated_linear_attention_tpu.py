@@ -168,7 +168,7 @@ def test_vmap_scan_checkpoint_and_two_calls_of_one_program(decay):
         def layer(v, scale):
             return v + call(**args | {"v": v * scale}, state=state)[0], None
 
-        return jnp.sum(jnp.sin(call(**args | {"v": jax.lax.scan(layer, args["v"], scales)[0]})[0]))
+        return jnp.sum(call(**args | {"v": jax.lax.scan(layer, args["v"], scales)[0]})[0] ** 2)
 
     def gradients(implementation):
         fn = jax.vmap(jax.grad(functools.partial(loss, implementation)))
@@ -223,11 +223,11 @@ def test_the_layout_fills_registers_and_fits_memory():
         lay = Layout(1000, groups, ratio, key, value, CHUNK)
         assert lay.ratio % lay.heads == 0
         assert lay.lanes % 128 == lay.keys % 128 == 0
-        assert lay.lanes <= 1024
+        assert lay.lanes <= mosaic_tpu_layout.MAX_LANES
         assert key <= lay.keys < key + 128
         assert value <= lay.values < value + 128
         assert lay.time == 1024
-    assert Layout(8192, 1, 80, 128, 64, CHUNK).heads == 16
+    assert Layout(8192, 1, 80, 128, 64, CHUNK).heads == 40
     assert Layout(2048, 4, 1, 256, 512, CHUNK).heads == 1
 
 
