@@ -1,4 +1,4 @@
-"""Gated linear attention as Pallas TPU kernels: the forward pass for a decay per head, and what all kernels share.
+"""Gated linear attention as Pallas TPU kernels: the forward pass, for a decay per head or none.
 
 The grid walks over chunks of 128 tokens in order with the float32 states in VMEM scratch. A step holds one chunk of
 several heads of a group, side by side in the lanes (two heads of 64 fill a register), so that the products with the

@@ -121,7 +121,7 @@ def _kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: bool, 
     v, s = v_ref[...].astype(dtype), s_ref[...]
     i, j, differ = _differ()
     scores = contract(q.astype(dtype), k.astype(dtype), 1, 1)  # of a token with itself
-    for level, _, _, x in decay.levels(q, k, dtype):
+    for level, *_rest, x in decay.levels(q, k, dtype):
         scores = jnp.where((differ >> level) == 1, contract(x, x, 1, 1), scores)
     scores = jnp.where(i >= j, scores, 0.0).astype(dtype)
     y = _where(decay.seen(resets), contract((q * jnp.exp(decay.until)).astype(dtype), s.astype(dtype), 1, 0))
