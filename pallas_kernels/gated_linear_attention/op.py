@@ -2,22 +2,19 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 
 from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
-from pallas_kernels.gated_linear_attention import reference, xla
+from pallas_kernels.gated_linear_attention import mosaic_tpu, mosaic_tpu_backward, reference, xla
 
-DEFAULT_CHUNK_SIZE = 64
-CHANNEL_CHUNK_SIZE = 32  # a decay per channel costs K exponentials more per token with every doubling
+DEFAULT_CHUNK_SIZE = 128  # a step of the TPU kernels; twice as many states would cost more than the rest of a pass
 
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
-# An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
-FORWARD_SUPPORTS: dict[str, Any] = {}
-BACKWARD_SUPPORTS: dict[str, Any] = {}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
+BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
+FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports}
+BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports}
 NAMES = ("reference", *FORWARD)
 
 # How a mesh divides the op (see `partition.run`).
@@ -63,8 +60,8 @@ def gated_linear_attention(
       reset: bool [B, T], True where the carried state is dropped before the token, or None.
       valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold
         there is ignored, `reset` included. None when there is no padding.
-      chunk_size: tokens between two saved states; None takes 64, or 32 with a decay per channel.
-      implementation: "reference", "xla" or None for the platform's priority.
+      chunk_size: tokens between two saved states; None takes 128.
+      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
 
     Returns:
       y: [B, T, H, V] in the dtype of v.
@@ -91,8 +88,7 @@ def gated_linear_attention(
     arrays = (q, k, v, log_decay, state, reset, valid)
     if implementation == "reference":
         return reference.forward(*arrays, scale=scale)
-    default = CHANNEL_CHUNK_SIZE if log_decay is not None and log_decay.ndim == 4 else DEFAULT_CHUNK_SIZE
-    chunk = min(chunk_size or default, q.shape[1])
+    chunk = min(chunk_size or DEFAULT_CHUNK_SIZE, q.shape[1])
     return _gated_linear_attention(scale, chunk, implementation, *arrays)
 
 

@@ -58,6 +58,7 @@ MODELS = {
     "retnet_2.7b_decode": LinearAttentionShape(16, 1, 10, 10, 256, 512, "constant", carried=True),
     "mamba2_130m": LinearAttentionShape(8, 2048, 24, 1, 128, 64, "head", scale=1.0),
     "mamba2_2.7b": LinearAttentionShape(2, 2048, 80, 1, 128, 64, "head", scale=1.0),
+    "mamba2_2.7b_8k": LinearAttentionShape(1, 8192, 80, 1, 128, 64, "head", scale=1.0),
     "mamba2_2.7b_packed": LinearAttentionShape(1, 4096, 80, 1, 128, 64, "head", documents=True, scale=1.0),
     "mamba2_2.7b_decode": LinearAttentionShape(16, 1, 80, 1, 128, 64, "head", carried=True, scale=1.0),
     "mamba2_hybrid_8b": LinearAttentionShape(1, 4096, 128, 8, 128, 64, "head", scale=1.0),
@@ -67,6 +68,8 @@ MODELS = {
     "gla_1.3b_append": LinearAttentionShape(1, 512, 4, 4, 256, 512, "channel", carried=True),
     "gla_1.3b_decode": LinearAttentionShape(16, 1, 4, 4, 256, 512, "channel", carried=True),
 }
+
+PROFILE = ("mamba2_2.7b_8k", "gla_1.3b")
 
 TINY = {
     "none": LinearAttentionShape(2, 45, 2, 1, 8, 4, "none", dtype=jnp.float32),

@@ -332,6 +332,17 @@ def _over_chunks(length: int, chunk: int, body, carry, *, reverse: bool = False)
     return carry
 
 
+def flat(state, groups: int):
+    """[B, H, K, V] -> [B, G, K, R * V], the heads of a group side by side: how states are saved."""
+    state = _grouped(state, groups)
+    return state.reshape(*state.shape[:3], -1)
+
+
+def unflat(state, ratio: int):
+    """The inverse of `flat` for R = `ratio`."""
+    return _ungrouped(state.reshape(*state.shape[:3], ratio, -1))
+
+
 def _grouped(state, groups: int):
     """[B, H, K, V] -> [B, G, K, R, V]."""
     return jnp.swapaxes(state.reshape(state.shape[0], groups, -1, *state.shape[2:]), 2, 3)
@@ -380,23 +391,25 @@ def _one_step(q, k, v, log_decay, state, reset, valid, scale):
 def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size: int, save: bool):
     """Returns (y [B, T, H, V], new_state [B, H, K, V], boundaries), arguments as in `gated_linear_attention`.
 
-    `boundaries` is float32 [B, ceil(T / chunk_size), H, K, V], the state before each chunk; None unless `save`.
+    `boundaries` is float32 [B, ceil(T / chunk_size), G, K, R * V], the state before each chunk; None unless `save`.
     """
     batch, length, groups, key = q.shape
     heads, value = v.shape[2:]
     before = jnp.zeros((batch, heads, key, value), jnp.float32) if state is None else state
     if length == 1:
         y, new_state = _one_step(q, k, v, log_decay, state, reset, valid, scale)
-        return y.astype(v.dtype), new_state, before[:, None] if save else None
+        return y.astype(v.dtype), new_state, flat(before, groups)[:, None] if save else None
 
     def body(index, start, size, carry):
         state, y, boundaries = carry
         if save:
-            boundaries = lax.dynamic_update_index_in_dim(boundaries, _ungrouped(state), index, axis=1)
+            saved = state.reshape(*state.shape[:3], -1)
+            boundaries = lax.dynamic_update_index_in_dim(boundaries, saved, index, axis=1)
         t = _load(start, size, q, k, v, log_decay, reset, valid, scale)
         return _next_state(t, state), _write(y, _outputs(t, state), start, size), boundaries
 
-    boundaries = jnp.zeros((batch, -(-length // chunk_size), heads, key, value), jnp.float32) if save else None
+    saved = (batch, -(-length // chunk_size), groups, key, heads // groups * value)
+    boundaries = jnp.zeros(saved, jnp.float32) if save else None
     carry = (_grouped(before, groups), jnp.zeros_like(v), boundaries)
     new_state, y, boundaries = _over_chunks(length, chunk_size, body, carry)
     if valid is not None:  # a state that is not finite must not show at padding
@@ -414,7 +427,8 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     def body(index, start, size, carry):
         dstate, sums, out = carry
         t = _load(start, size, q, k, v, log_decay, reset, valid, scale)
-        before = _grouped(lax.dynamic_index_in_dim(boundaries, index, axis=1, keepdims=False), groups)
+        before = lax.dynamic_index_in_dim(boundaries, index, axis=1, keepdims=False)
+        before = before.reshape(*before.shape[:3], heads // groups, -1)
         g = _take(dy, start, size, t.q.shape[2])
         if valid is not None:
             g = jnp.where(_take(valid, start, size, t.q.shape[2])[..., None, None], g, 0.0)

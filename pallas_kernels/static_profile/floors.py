@@ -128,6 +128,34 @@ def mlstm(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     state = 4 * shape.batch * shape.heads * (shape.key * (shape.value + 1) + 1)  # the new one, or its cotangent
     hbm = _traffic(shape, backward, ("v",)) + state
     return _bounds(chip, mxu=2 * products * states, hbm=hbm)
+def gated_linear_attention(shape: Any, chip: Chip, backward: bool = False) -> Floor:
+    """Chunks of C tokens, for the C whose busiest unit is least busy; C = 1 is the recurrence itself.
+
+    Per token and head the state takes 2 products of K V (read, write) forward and 5 backward (dq, dk, dv, its own
+    gradient, and the state again). Per pair of tokens of a chunk the scores take K per group and their use V per head;
+    backward both gradients of each more. Per pair and head two multiplications (decay between the two, score), backward
+    three more (its gradient, that of the score, their product); a decay per channel goes into q and k instead. The
+    state decays once per chunk. Exponentials: one per decay and at least two uses of it per channel (q and k).
+    """
+    tokens, heads = shape.batch * shape.time, shape.heads
+    per_channel = shape.decay == "channel"
+    channels = shape.groups * shape.key
+
+    def bounds(chunk: int) -> Floor:
+        pairs, state = (chunk + 1) / 2, shape.key * shape.value
+        wide = pairs * (
+            shape.groups * shape.key * (3 if backward else 1) + heads * shape.value * (2 if backward else 1)
+        )
+        products = heads * state * (5 if backward else 2) + wide
+        decays = 0 if shape.decay == "none" else heads * state * (2 if backward else 1) / chunk
+        scores = 0 if per_channel else heads * pairs * (5 if backward else 2)
+        factors = 2 * channels * (2 if backward else 1) if per_channel else 0
+        exponentials = {"none": 0, "constant": 0, "head": heads, "channel": 2 * channels}[shape.decay]
+        traffic = _traffic(shape, backward, ("v",))
+        vpu = tokens * (decays + scores + factors)
+        return _bounds(chip, mxu=2 * tokens * products, vpu=vpu, eup=tokens * exponentials, hbm=traffic)
+
+    return min((bounds(1 << n) for n in range(10)), key=lambda floor: max(floor.values()))
 
 
 FLOORS: Mapping[str, Callable[..., Floor]] = {
@@ -140,6 +168,7 @@ FLOORS: Mapping[str, Callable[..., Floor]] = {
     "rms_norm_quantize": rms_norm_quantize,
     "taylor_linear_attention": taylor_linear_attention,
     "mlstm": mlstm,
+    "gated_linear_attention": gated_linear_attention,
 }
 
 
@@ -157,4 +186,10 @@ def _traffic(shape: Any, backward: bool, result_like: tuple[str, ...]) -> int:
     if not backward:
         return sum(sizes.values()) + results
     floating = [name for name, argument in shape.arrays().items() if programs.is_floating(argument)]
+    arrays = {name: array for name, array in shape.arrays().items() if array is not None}
+    sizes = {name: array.size * array.dtype.itemsize for name, array in arrays.items()}
+    results = sum(sizes[name] for name in result_like)
+    if not backward:
+        return sum(sizes.values()) + results
+    floating = [name for name, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)]
     return sum(sizes.values()) + results + sum(sizes[name] for name in floating)
