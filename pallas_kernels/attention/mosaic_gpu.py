@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import interpret
 from pallas_kernels.dispatch import UnsupportedError
-from pallas_kernels.warpgroup import (
+from pallas_kernels.wgmma import (
     COLUMNS,
     MATRIX,
     ROWS,
