@@ -12,17 +12,18 @@ _PARAMS = jax.make_user_context(default_value=None)
 
 @contextlib.contextmanager
 def interpret(parameters: Any = True) -> Iterator[None]:
-    """Has the TPU kernels traced inside it interpreted.
+    """Has the Pallas kernels traced inside it interpreted.
 
     Args:
-      parameters: True for plain interpretation, or `pltpu.InterpretParams(...)` to simulate memories, copies and
-        semaphores, with `detect_races=True` to look for races.
+      parameters: for TPU kernels, True for plain interpretation, or `pltpu.InterpretParams(...)` to simulate memories,
+        copies and semaphores, with `detect_races=True` to look for races. For GPU kernels the parameters of the
+        interpreter of Mosaic GPU; there is no plain interpretation of them.
     """
     with _PARAMS(parameters):
         yield
 
 
 def parameters() -> Any:
-    """What `pl.pallas_call(interpret=...)` is to be given: False outside `interpret`."""
+    """What `pl.pallas_call(interpret=...)` and `plgpu.kernel(interpret=...)` are given: False outside `interpret`."""
     value = _PARAMS.value
     return False if value is None else value

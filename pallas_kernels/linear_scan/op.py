@@ -6,14 +6,14 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.linear_scan import mosaic_tpu, reference, xla
+from pallas_kernels.linear_scan import mosaic_gpu, mosaic_tpu, reference, xla
 
 DEFAULT_CHUNK_SIZE = 256
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
-BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu.backward}
-FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_forward}
-BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_backward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
+BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu.backward, "mosaic_gpu": mosaic_gpu.backward}
+FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_forward, "mosaic_gpu": mosaic_gpu.supports_forward}
+BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_backward, "mosaic_gpu": mosaic_gpu.supports_backward}
 NAMES = ("reference", *FORWARD)
 
 

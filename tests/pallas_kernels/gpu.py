@@ -1,0 +1,65 @@
+"""What the tests of GPU kernels share: simulation with a look-out for races, and lowering without the chip."""
+
+import contextlib
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.interpret import interpret
+
+
+@contextlib.contextmanager
+def simulate(*, detect_races: bool = True):
+    """Simulates memories, barriers and copies of a GPU; fresh memory holds NaN and a race fails the test.
+
+    Copies from shared to global memory are simulated at once: that they are waited for is not checked.
+    """
+    base = "jax._src.pallas.mosaic_gpu.interpret"  # not public in jax 0.10
+    interpreter = importlib.import_module(f"{base}.interpret_pallas_call")
+    params = importlib.import_module(f"{base}.params")
+    interpreter.reset_gpu_interpret_mode_state()
+    try:
+        with interpret(params.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan")):
+            yield
+            if detect_races:
+                assert interpreter.get_races() is not None, "nothing was simulated"
+                assert not interpreter.get_races().races_found
+    finally:
+        interpreter.reset_gpu_interpret_mode_state()
+
+
+def lower_function(fn: Any, *abstract_args: Any) -> str:
+    """Lowers `jax.jit(fn)` for CUDA, Pallas kernels down to MLIR for Hopper, without a GPU.
+
+    Args:
+      fn: the function, jitted or not.
+      *abstract_args: trees of `jax.ShapeDtypeStruct` (or arrays, of which only shape and dtype count).
+
+    Returns:
+      The text of the program.
+    """
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), abstract_args)
+    return jax.export.export(jax.jit(fn), platforms=["cuda"])(*args).mlir_module()
+
+
+def lower_op(op: Any, shape: Any) -> str:
+    """Lowers outputs and gradients of `op` at an entry of its shapes.py with the GPU kernels."""
+    arrays = {name: a for name, a in shape.arrays().items() if a is not None}
+    floats = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    others = {name: a for name, a in arrays.items() if name not in floats}
+
+    def run(floats, others):
+        return op(**floats, **others, **shape.options(), implementation="mosaic_gpu")
+
+    def step(floats, others, cotangents):
+        out, pullback = jax.vjp(lambda f: run(f, others), floats)
+        return out, pullback(cotangents)[0]
+
+    return lower_function(step, floats, others, jax.eval_shape(run, floats, others))
+
+
+def count_kernels(text: str) -> int:
+    """Number of Mosaic GPU kernels in a lowered program."""
+    return text.count("@mosaic_gpu_v2")
