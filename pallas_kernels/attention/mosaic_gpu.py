@@ -37,6 +37,7 @@ from pallas_kernels.wgmma import (
 CONSUMERS = 2  # warpgroups that compute
 LOG2_E = math.log2(math.e)  # exponentials of two are what the chip has: scores are kept in units of log 2
 MAX_WIDTH = 256  # a warpgroup's 64 rows of output stay in registers
+_SMEM_SLACK = 16 * 1024  # barriers, and every buffer up to 1 KiB
 _Q_PAD, _KV_PAD = -2, -1  # documents of padding: they differ, so that padding sees no padding
 
 
@@ -53,23 +54,24 @@ class Blocks(NamedTuple):
         return CONSUMERS * self.rows
 
 
-def choose_blocks(held: int, streamed: int, *, step: int) -> Blocks:
-    """Sizes whose buffers fit in shared memory.
+def choose_blocks(held: int, streamed: int, most: int) -> Blocks:
+    """Sizes whose buffers fit in shared memory, at least two steps in flight.
 
     Args:
       held: bytes that stay for one row of the tile.
       streamed: bytes that one row of a step brings.
-      step: rows of a step.
+      most: the most rows of a step; what it computes for them must fit in registers.
     """
-    rows = 64
-    spare = SMEM_BYTES - 2048 - CONSUMERS * rows * held  # 2 KiB for barriers and alignment
+    rows, slots = 64, 2
+    spare = SMEM_BYTES - _SMEM_SLACK - CONSUMERS * rows * held
+    step = max(n for n in (32, 64, 128) if n <= most and slots * n * streamed <= spare)
     return Blocks(rows, step, min(4, spare // (step * streamed)))
 
 
 def forward_blocks(key: int, value: int) -> Blocks:
     """Blocks of the forward kernel for 16-bit keys and values of these widths."""
     held = 2 * key + (0 if key == value else 2 * value) + 8  # queries (the output takes their place), lse, document
-    return choose_blocks(held, 2 * (key + value) + 4, step=128 if max(key, value) <= 128 else 64)
+    return choose_blocks(held, 2 * (key + value) + 4, 128 if max(key, value) <= 128 else 64)
 
 
 class Band(NamedTuple):
@@ -79,26 +81,34 @@ class Band(NamedTuple):
     length: int  # T, up to whole tiles and steps
     window: int  # `length` where nothing is out of the window
 
+    @property
+    def windowed(self) -> bool:
+        """Whether the window hides anything."""
+        return self.window < self.length
+
     def of_queries(self, start) -> tuple[Any, Any, Any, Any]:
         """Steps of keys that the tile of queries at `start` meets."""
         after = start + self.blocks.tile
-        a = self._step(jnp.maximum(start - self.window + 1, 0))
-        b = self._step(jnp.maximum(after - self.window, 0) + self.blocks.step - 1)
-        return self._ordered(a, b, self._step(start + 1), self._step(after - 1) + 1)
+        a = b = jnp.int32(0)
+        if self.windowed:
+            a = self._step(jnp.maximum(start - self.window + 1, 0))
+            b = self._step(jnp.maximum(after - self.window, 0) + self.blocks.step - 1)
+        c, d = self._step(start + 1), self._step(after - 1) + 1
+        return a, b, jnp.maximum(c, b), d
 
     def of_keys(self, start) -> tuple[Any, Any, Any, Any]:
         """Steps of queries that the tile of keys at `start` meets."""
         after = start + self.blocks.tile
-        b = self._step(after - 1 + self.blocks.step - 1)
-        last = jnp.minimum(after - 1 + self.window, self.length) - 1
-        return self._ordered(self._step(start), b, self._step(start + self.window), self._step(last) + 1)
+        a, b = self._step(start), self._step(after - 1 + self.blocks.step - 1)
+        c = d = jnp.int32(self.length // self.blocks.step)
+        if self.windowed:
+            c = jnp.maximum(self._step(start + self.window), b)
+            d = self._step(jnp.minimum(after - 1 + self.window, self.length) - 1) + 1
+            c = jnp.minimum(c, d)
+        return a, jnp.minimum(b, d), c, d
 
     def _step(self, index):
         return jnp.right_shift(index, self.blocks.step.bit_length() - 1)  # sizes are powers of two
-
-    def _ordered(self, a, b, c, d):
-        b = jnp.minimum(b, d)
-        return a, b, jnp.minimum(jnp.maximum(c, b), d), d
 
 
 class Scores(NamedTuple):
@@ -108,7 +118,6 @@ class Scores(NamedTuple):
     scale: float
     soft_cap: float | None
     documents: bool
-    windowed: bool
 
     def scores(self, product) -> tuple[jax.Array, jax.Array | None]:
         """Scores in units of log 2, bounded but not masked, and the tanh that bounds them."""
@@ -123,7 +132,7 @@ class Scores(NamedTuple):
         """Scores with -inf where the query, along `q_axis`, does not see the key."""
         distance = indices(s.shape, q_axis) - indices(s.shape, 1 - q_axis) + (q_start - kv_start)
         seen = distance >= 0
-        if self.windowed:
+        if self.band.windowed:
             seen &= distance < self.band.window
         if self.documents:
             seen &= across(q_documents, s.shape, q_axis) == across(kv_documents, s.shape, 1 - q_axis)
@@ -134,24 +143,21 @@ class Scores(NamedTuple):
         ds = p * (dp - delta)
         return ds if tanh is None else ds * (1.0 - tanh * tanh)
 
-    def narrow(self, bounds, span) -> tuple[Any, Any, Any, Any]:
-        """`bounds` within the steps [first, stop) that `span` holds, all of them masked; `span` None = as they are."""
-        if span is None:
+    def narrow(self, bounds, documents, batch, tile) -> tuple[Any, Any, Any, Any]:
+        """`bounds` of a tile, with documents only the steps that share one with it, all of them masked."""
+        if not documents:
             return bounds
-        first, stop = jnp.maximum(bounds[0], span[0]), jnp.minimum(bounds[3], span[1])
-        stop = jnp.maximum(first, stop)
+        spans = documents[2]
+        first = jnp.maximum(bounds[0], spans[batch, tile, 0])
+        stop = jnp.maximum(first, jnp.minimum(bounds[3], spans[batch, tile, 1]))
         return first, stop, stop, stop
 
     def loop(self, bounds, body: Callable[..., Any], carry: Any) -> Any:
         """Folds `body(step, carry, masked)` over the steps of `Band.of_queries` or `Band.of_keys`."""
         a, b, c, d = bounds
-        plain = self.band.window == self.band.length
-        parts = [(a, b, True), (b, c, False), (c, d, True)]
-        if self.documents:
-            parts = parts[:1]
-        for start, stop, masked in parts:
-            carry = jax.lax.fori_loop(start, stop, functools.partial(body, masked=masked), carry)
-        del plain
+        for start, stop, masked in ((a, b, True), (b, c, False), (c, d, True)):
+            if start is not stop:
+                carry = jax.lax.fori_loop(start, stop, functools.partial(body, masked=masked), carry)
         return carry
 
 
@@ -200,9 +206,8 @@ def layout(time, q_documents, kv_documents, blocks: Blocks, *, window, scale, so
     """The layout of one call of one kernel."""
     size = max(blocks.tile, blocks.step)
     length = -(-time // size) * size
-    windowed = window is not None and window < time
-    band = Band(blocks, length, window if windowed else length)
-    plain = Layout(Scores(band, scale, soft_cap, q_documents is not None, windowed), time, ())
+    band = Band(blocks, length, window if window is not None and window < time else length)
+    plain = Layout(Scores(band, scale, soft_cap, q_documents is not None), time, ())
     if q_documents is None:
         return plain
     sides = ((q_documents, _Q_PAD), (kv_documents, _KV_PAD))
@@ -229,7 +234,7 @@ def supports(q, k, v, q_positions, *rest, max_width: int = MAX_WIDTH, **options)
         )
 
 
-def kernel(body: Callable[..., None], out_type: Any, scratch: Any, grid: dict[str, int]) -> Callable[..., Any]:
+def kernel(name: str, body: Callable[..., None], out_type: Any, scratch: Any, grid: dict[str, int]) -> Callable[..., Any]:
     """`body` as a kernel of `CONSUMERS` warpgroups that compute and one that copies."""
     return plgpu.kernel(
         body,
@@ -240,6 +245,7 @@ def kernel(body: Callable[..., None], out_type: Any, scratch: Any, grid: dict[st
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
         interpret=interpret.parameters(),
     )
 
@@ -278,10 +284,8 @@ def _forward_kernel(scores: Scores, ratio: int, *refs):
     q_ref, k_ref, v_ref, *documents = inputs
     band, blocks = scores.band, scores.band.blocks
     stream = Stream(full_, free, blocks.slots)
-    b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
-    tile = jax.lax.axis_index("tile")
-    span = (documents[2][b, tile, 0], documents[2][b, tile, 1]) if documents else None
-    bounds = scores.narrow(band.of_queries(tile * blocks.tile), span)
+    b, h, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
+    bounds = scores.narrow(band.of_queries(tile * blocks.tile), documents, b, tile)
     first, stop = bounds[0], bounds[3]
 
     def produce():
@@ -375,5 +379,5 @@ def forward(
     body = functools.partial(_forward_kernel, at.scores, heads // k.shape[2])
     grid = {"head": heads, "tile": length // blocks.tile, "batch": batch}
     arrays = (at.rows(q, q_documents), at.rows(k, kv_documents), at.rows(v, kv_documents))
-    y, lse = kernel(body, out_type, scratch, grid)(*arrays, *at.documents, *at.spans(by_query=True))
+    y, lse = kernel("attention_forward", body, out_type, scratch, grid)(*arrays, *at.documents, *at.spans(by_query=True))
     return y[:, :time], lse.transpose(0, 2, 1)[:, :time]
