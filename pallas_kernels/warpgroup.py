@@ -10,15 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import interpret
 
 CHANNELS = 128
-GROUP = 8  # tokens that are loaded and computed together
+GROUP = 8  # tokens that a tile is a multiple of
 CODES = 32  # places for the codes of a tile
-SMEM_BYTES = 220 * 2**10  # of the 227 KiB that a block of Hopper may use
+SMEM_BYTES = 224 * 2**10  # of the 227 KiB that a block of Hopper may use
 VALID, RESET = 1, 2  # bits of `codes`
 
 # [rows, 128]: rows in registers, a channel per thread. Reduced along axis 0 it is [128] with a channel per thread,
@@ -45,9 +46,24 @@ def load_global(ref: Any, layout: Any = ROWS) -> jax.Array:
     return plgpu.load(ref, ..., layout=layout, optimized=False).astype(jnp.float32)
 
 
-def rows_of(vector: jax.Array, channels: int = CHANNELS) -> jax.Array:
+def zeros(*shape: int) -> jax.Array:
+    """float32 zeros [128] or [rows, 128] for the carry of a loop, whose registers stay what they are."""
+    return lay_out(jnp.zeros(shape, jnp.float32), ROWS if len(shape) == 2 else CHANNEL)
+
+
+def rows_of(vector: jax.Array) -> jax.Array:
     """[rows] in every thread -> [rows, 128]."""
-    return lay_out(jax.lax.broadcast_in_dim(vector, (vector.shape[0], channels), (0,)), ROWS)
+    return lay_out(jax.lax.broadcast_in_dim(vector, (vector.shape[0], CHANNELS), (0,)), ROWS)
+
+
+def channels_of(vector: jax.Array, rows: int) -> jax.Array:
+    """[128] -> [rows, 128]."""
+    return lay_out(jax.lax.broadcast_in_dim(vector, (rows, CHANNELS), (1,)), ROWS)
+
+
+def row(tile: jax.Array, i: int) -> jax.Array:
+    """Row i of [rows, 128] as [128]: a sum of one, as registers are renamed but not indexed."""
+    return jnp.sum(tile[i : i + 1], axis=0)
 
 
 def codes(reset, valid, batch: int, length: int, tiles: int, rows: int) -> jax.Array | None:
@@ -64,9 +80,38 @@ def codes(reset, valid, batch: int, length: int, tiles: int, rows: int) -> jax.A
     return pad(code, CODES)
 
 
-def mask(code: jax.Array, bit: int) -> jax.Array:
-    """bool [rows, 128] from codes [rows] that every thread holds."""
-    return rows_of(code & bit) != 0
+class Group:
+    """Consecutive tokens of a tile, and which of them count and are reset; `codes` is None when that is trivial."""
+
+    def __init__(self, codes: Any, slot: Any, start: Any, count: int):
+        self.slot, self.start, self.count = slot, start, count
+        code = None if codes is None else lay_out(codes[slot, pl.ds(start, count)], SHARED)
+        self.valid = None if code is None else rows_of(code & VALID) != 0
+        self.reset = None if code is None else rows_of(code & RESET)
+
+    def load(self, ref: Any, otherwise: float = 0.0) -> jax.Array:
+        """float32 [count, 128] of a reference [slots, tokens, 128], `otherwise` at padding."""
+        return self.only_valid(load(ref.at[self.slot, pl.ds(self.start, self.count), :]), otherwise)
+
+    def only_valid(self, tile: jax.Array, otherwise: float = 0.0) -> jax.Array:
+        """[count, 128] with `otherwise` at padding."""
+        return tile if self.valid is None else jnp.where(self.valid, tile, otherwise)
+
+    def only_valid_row(self, i: int, value: jax.Array) -> jax.Array:
+        """[1, 128] of token i with zeros at padding."""
+        return value if self.valid is None else jnp.where(self.valid[i : i + 1], value, 0.0)
+
+    def clear(self, i: int, state: jax.Array) -> jax.Array:
+        """[rows, 128] with zeros where token i is reset."""
+        if self.reset is None:
+            return state
+        rows = state.shape[0]
+        reset = self.reset[i : i + 1] if rows == 1 else channels_of(row(self.reset, i), rows)
+        return jnp.where(reset != 0, 0.0, state)
+
+    def store(self, ref: Any, i: int, value: jax.Array) -> None:
+        """Writes token i, [1, 128], in the dtype of the reference; zeros at padding."""
+        ref[self.slot, pl.ds(self.start + i, 1), :] = self.only_valid_row(i, value).astype(ref.dtype)
 
 
 def pad(array: jax.Array, *sizes: int) -> jax.Array:
@@ -88,33 +133,45 @@ def walk(
     body: Callable[[Any, Any, Any], Any],
     store: Callable[[Any, Any], None],
     carry: Any,
+    *,
+    in_place: bool = False,
 ) -> Any:
     """Runs carry = body(step, slot, carry) over tiles that asynchronous copies bring and take, `slots` in flight.
 
     Args:
       steps: number of tiles.
-      slots: number of buffers; step s uses slot s % slots.
+      slots: number of buffers, at least 2; step s uses slot s % slots.
       barrier: one barrier per slot; each counts the copies that `fetch` issues.
       fetch: issues the copies from global to shared memory of a step, to be counted by `barrier.at[slot]`.
       body: computes; it may read what was fetched and write what `store` takes.
       store: issues the copies from shared to global memory of a step, without committing them.
       carry: arrays in registers.
+      in_place: whether `store` takes from buffers that `fetch` fills, which then waits for it to leave.
 
     Returns:
       The last carry, once all that was stored is visible.
     """
-    for step in range(min(slots, steps)):
+    ahead = slots - in_place
+    for step in range(min(ahead, steps)):
         fetch(step, step)
+
+    def fetch_ahead(step):
+        slot = jax.lax.rem(step + ahead, jnp.int32(slots))
+        jax.lax.cond(step + ahead < steps, lambda: fetch(step + ahead, slot), lambda: None)
 
     def run(step, carry):
         slot = jax.lax.rem(step, jnp.int32(slots))
         plgpu.barrier_wait(barrier.at[slot])
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)  # the slot's former results have left
+        # The former results in the buffers that this step writes, or in place fetches, have left.
+        plgpu.wait_smem_to_gmem(0 if in_place else slots - 1, wait_read_only=True)
+        if in_place:
+            fetch_ahead(step)
         carry = body(step, slot, carry)
         plgpu.commit_smem()  # all threads are through with the slot, and copies see what they wrote
         store(step, slot)
         plgpu.commit_smem_to_gmem_group()
-        jax.lax.cond(step + slots < steps, lambda: fetch(step + slots, slot), lambda: None)
+        if not in_place:
+            fetch_ahead(step)
         return carry
 
     carry = jax.lax.fori_loop(0, steps, run, carry)

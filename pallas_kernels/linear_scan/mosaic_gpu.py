@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, interpret, warpgroup
 from pallas_kernels.linear_scan import xla
-from pallas_kernels.warpgroup import CHANNELS, GROUP, RESET, ROWS, SHARED, VALID
+from pallas_kernels.warpgroup import CHANNELS, GROUP, Group
 
 MAX_CHUNK = 256  # tokens whose states the backward pass keeps in shared memory, 512 bytes each
 DTYPES = ("float32", "bfloat16")
@@ -87,33 +87,13 @@ def plan(length: int, channels: int, chunk_size: int, token_bytes: int, kept_byt
     return Plan(warpgroup.round_up(length, rows), warpgroup.round_up(channels, CHANNELS), chunk, rows, slots)
 
 
-class _Group:
-    """Eight tokens of a slot: which of them count and which are reset; `codes` is None when that is trivial."""
-
-    def __init__(self, codes, slot, group):
-        self.rows = pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
-        code = None if codes is None else warpgroup.lay_out(codes[slot, self.rows], SHARED)
-        self.valid = None if code is None else warpgroup.mask(code, VALID)
-        self.reset = None if code is None else warpgroup.mask(code, RESET)
-
-    def load(self, ref, slot, otherwise: float):
-        """Float32 [8, 128], `otherwise` at padding."""
-        value = warpgroup.load(ref.at[slot, self.rows, :])
-        return value if self.valid is None else jnp.where(self.valid, value, otherwise)
-
-    def clear(self, i: int, h):
-        """Zeros where token i is reset."""
-        return h if self.reset is None else jnp.where(self.reset[i : i + 1], 0.0, h)
-
-    def store(self, ref, slot, i: int, value):
-        """Writes token i, zeros at padding."""
-        value = value if self.valid is None else jnp.where(self.valid[i : i + 1], value, 0.0)
-        ref[slot, pl.ds(self.rows.start + i, 1), :] = value.astype(ref.dtype)
+def _group(codes, slot, g) -> Group:
+    return Group(codes, slot, pl.multiple_of(g * GROUP, GROUP), GROUP)
 
 
-def _scan_tile(group: _Group, slot, h, a_ref, b_ref, put):
+def _scan_group(group: Group, h, a_ref, b_ref, put):
     """Runs the recurrence over eight tokens; put(i, before, after) takes the states around token i."""
-    a, b = group.load(a_ref, slot, 1.0), group.load(b_ref, slot, 0.0)
+    a, b = group.load(a_ref, 1.0), group.load(b_ref)
     for i in range(GROUP):
         before = group.clear(i, h)
         h = a[i : i + 1] * before + b[i : i + 1]
@@ -150,8 +130,8 @@ def _forward_kernel(*refs, p: Plan, masked: bool, save: bool):
                 boundary_ref[row, jax.lax.div(step, per_chunk), here, :] = h
 
         def scan(g, h):
-            group = _Group(code_tile[0] if masked else None, slot, g)
-            return _scan_tile(group, slot, h, a_tile, b_tile, lambda i, _, h: group.store(h_tile, slot, i, h))
+            group = _group(code_tile[0] if masked else None, slot, g)
+            return _scan_group(group, h, a_tile, b_tile, lambda i, _, h: group.store(h_tile, i, h))
 
         return jax.lax.fori_loop(0, p.rows // GROUP, scan, h)
 
@@ -206,10 +186,10 @@ def _backward_kernel(*refs, p: Plan, masked: bool):
         chunk, tile, back = locate(step)
 
         def kept(group, i):
-            return pl.ds(tile * p.rows + group.rows.start + i, 1)
+            return pl.ds(tile * p.rows + group.start + i, 1)
 
         def group_at(g):
-            return _Group(code_tile[0] if masked else None, slot, g)
+            return _group(code_tile[0] if masked else None, slot, g)
 
         def recompute(h, q):
             def scan(g, h):
@@ -218,7 +198,7 @@ def _backward_kernel(*refs, p: Plan, masked: bool):
                 def keep(i, state, _):
                     before[kept(group, i), :] = state
 
-                return _scan_tile(group, slot, h, a_tile, other_tile, keep)
+                return _scan_group(group, h, a_tile, other_tile, keep)
 
             h = jax.lax.cond(
                 tile == 0, lambda h: warpgroup.load_global(boundary_ref.at[row, chunk, here, :]), lambda h: h, h
@@ -228,12 +208,12 @@ def _backward_kernel(*refs, p: Plan, masked: bool):
         def walk_back(h, q):
             def scan(g, q):
                 group = group_at(p.rows // GROUP - 1 - g)
-                a, dh = group.load(a_tile, slot, 1.0), group.load(other_tile, slot, 0.0)
-                states = warpgroup.load(before.at[pl.ds(tile * p.rows + group.rows.start, GROUP), :])
+                a, dh = group.load(a_tile, 1.0), group.load(other_tile)
+                states = warpgroup.load(before.at[pl.ds(tile * p.rows + group.start, GROUP), :])
                 for i in reversed(range(GROUP)):
                     g_t = dh[i : i + 1] + q
-                    group.store(da_tile, slot, i, g_t * states[i : i + 1])
-                    group.store(db_tile, slot, i, g_t)
+                    group.store(da_tile, i, g_t * states[i : i + 1])
+                    group.store(db_tile, i, g_t)
                     q = group.clear(i, a[i : i + 1] * g_t)
                 return q
 

@@ -6,14 +6,25 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_array
-from pallas_kernels.selective_scan import mosaic_tpu, mosaic_tpu_backward, reference, xla
+from pallas_kernels.selective_scan import (
+    mosaic_gpu,
+    mosaic_gpu_backward,
+    mosaic_tpu,
+    mosaic_tpu_backward,
+    reference,
+    xla,
+)
 
 DEFAULT_CHUNK_SIZE = 32
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
-FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports}
-BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
-BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
+FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
+BACKWARD = {
+    "xla": xla.backward,
+    "mosaic_tpu": mosaic_tpu_backward.backward,
+    "mosaic_gpu": mosaic_gpu_backward.backward,
+}
+BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports, "mosaic_gpu": mosaic_gpu_backward.supports}
 NAMES = ("reference", *FORWARD)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.interpret import interpret
+from tests.pallas_kernels.sequences import assert_close
 
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
@@ -92,3 +93,44 @@ def lower_op(op: Any, shape: Any) -> str:
 def count_kernels(text: str) -> int:
     """Number of Mosaic GPU kernels in a lowered program."""
     return text.count("@mosaic_gpu_v2")
+
+
+def _loss(run, args, implementation):
+    return sum(jnp.sum(jnp.sin(o)) for o in run(args, implementation=implementation))
+
+
+def check_mapped(run: Any, args: dict[str, Any], tolerance: float) -> None:
+    """Gradients under vmap, simulated, equal those of the reference.
+
+    Args:
+      run: function of (args, implementation=...) that returns a tuple of outputs.
+      args: arguments by name.
+      tolerance: for `assert_close`.
+    """
+
+    def gradients(implementation):
+        twice = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), args)
+        return jax.jit(jax.vmap(jax.grad(lambda a: _loss(run, a, implementation))))(twice)
+
+    with simulate():
+        actual = jax.block_until_ready(gradients("mosaic_gpu"))
+    assert_close(actual, gradients("reference"), tolerance, "vmap")
+
+
+def check_transformations_lower(run: Any, args: dict[str, Any], *, name: str) -> None:
+    """Gradients under checkpoint and a scan over layers lower: interpretation, having effects, takes neither.
+
+    Args:
+      run: function of (args, implementation=...) whose first output is shaped as `args[name]`.
+      args: arguments by name.
+      name: the argument that goes from layer to layer.
+    """
+
+    def layers(args):
+        @jax.checkpoint
+        def layer(x, scale):
+            return run(args | {name: scale * x}, implementation="mosaic_gpu")[0], None
+
+        return jnp.sum(jax.lax.scan(layer, args[name], jnp.array([1.0, 0.5]))[0])
+
+    assert count_kernels(lower_function(jax.grad(layers), args)) >= 3  # forward, forward once more, backward

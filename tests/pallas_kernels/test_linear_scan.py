@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.linear_scan.shapes import MODELS, TINY, ScanShape
 from tests.pallas_kernels.sequences import LAYOUTS, assert_close, check_transformations, masks, redraw
@@ -302,8 +301,3 @@ def test_shapes_are_accepted_by_the_op():
 def test_bad_arguments_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         linear_scan(**(draw(2, 6) | change))
-
-
-def test_an_implementation_that_does_not_exist_raises():
-    with pytest.raises(UnsupportedError, match="linear_scan has no 'mosaic_gpu' implementation"):
-        linear_scan(**draw(1, 2), implementation="mosaic_gpu")

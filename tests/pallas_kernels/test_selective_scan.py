@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.selective_scan.shapes import MODELS, TINY, ScanShape
 from tests.pallas_kernels.sequences import LAYOUTS, assert_close, check_transformations, mamba_modeling, masks, redraw
@@ -319,11 +318,6 @@ def test_shapes_are_accepted_by_the_op():
 def test_bad_arguments_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         selective_scan(**(draw(2, 5) | change))
-
-
-def test_an_implementation_that_does_not_exist_yet_raises():
-    with pytest.raises(UnsupportedError, match="selective_scan has no 'mosaic_gpu' implementation"):
-        selective_scan(**draw(1, 2), implementation="mosaic_gpu")
 
 
 def test_equals_transformers_in_values_and_gradients():
