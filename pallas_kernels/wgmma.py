@@ -51,9 +51,9 @@ def indices(shape: Sequence[int], axis: int) -> jax.Array:
 
 
 def matrix_ref(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory for [..., rows, columns] of 16-bit numbers, as `multiply` needs it; columns in 64s."""
-    tiled = () if interpreted() else (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(tuple(shape), dtype, transforms=tiled)
+    """Shared memory for [..., rows, columns] as `multiply` and `load` need it; columns in multiples of 128 bytes."""
+    swizzle = (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(tuple(shape), dtype, transforms=() if interpreted() else swizzle)
 
 
 def multiply(a: Any, b: Any, onto: jax.Array | None = None, *, transpose: bool = False) -> jax.Array:

@@ -234,7 +234,9 @@ def supports(q, k, v, q_positions, *rest, max_width: int = MAX_WIDTH, **options)
         )
 
 
-def kernel(name: str, body: Callable[..., None], out_type: Any, scratch: Any, grid: dict[str, int]) -> Callable[..., Any]:
+def kernel(
+    name: str, body: Callable[..., None], out_type: Any, scratch: Any, grid: dict[str, int]
+) -> Callable[..., Any]:
     """`body` as a kernel of `CONSUMERS` warpgroups that compute and one that copies."""
     return plgpu.kernel(
         body,
@@ -379,5 +381,7 @@ def forward(
     body = functools.partial(_forward_kernel, at.scores, heads // k.shape[2])
     grid = {"head": heads, "tile": length // blocks.tile, "batch": batch}
     arrays = (at.rows(q, q_documents), at.rows(k, kv_documents), at.rows(v, kv_documents))
-    y, lse = kernel("attention_forward", body, out_type, scratch, grid)(*arrays, *at.documents, *at.spans(by_query=True))
+    y, lse = kernel("attention_forward", body, out_type, scratch, grid)(
+        *arrays, *at.documents, *at.spans(by_query=True)
+    )
     return y[:, :time], lse.transpose(0, 2, 1)[:, :time]

@@ -25,7 +25,9 @@ def _compile_threads_once():
 
     def run(jaxpr, consts, *args):
         # A warpgroup that waits at a barrier holds a thread of XLA's pool: too few of them would be a deadlock.
-        assert int(os.environ.get("PJRT_NPROC", 0)) >= 8, "set PJRT_NPROC=8 before jax starts, as tests/conftest.py does"
+        assert int(os.environ.get("PJRT_NPROC", 0)) >= 8, (
+            "set PJRT_NPROC=8 before jax starts, as tests/conftest.py does"
+        )
         with lock:
             if id(jaxpr) not in compiled:
                 lowered = jax.jit(lambda consts, *args: evaluate(jaxpr, consts, *args)).lower(consts, *args)

@@ -103,8 +103,9 @@ def test_steps_without_a_common_document_are_not_loaded(small):
         forward = jax.jit(functools.partial(mosaic_gpu.forward, **options))
         y, lse = jax.block_until_ready(forward(q, k, v, None, None, documents, documents))
     other = np.r_[0:32, 64:96]
-    expected = oracle(*(x[:, other] for x in (q, k, v)), scale=1.0, q_documents=documents[:, other],
-                      kv_documents=documents[:, other])
+    expected = oracle(
+        *(x[:, other] for x in (q, k, v)), scale=1.0, q_documents=documents[:, other], kv_documents=documents[:, other]
+    )
     assert np.isnan(y[:, 32:64]).all()
     assert_close(y[:, other], expected[0], F32_TOLERANCE)
     assert_close(lse[:, other], expected[1], F32_TOLERANCE)
