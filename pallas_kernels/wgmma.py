@@ -69,18 +69,18 @@ def multiply(a: Any, b: Any, onto: jax.Array | None = None, *, transpose: bool =
         a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
         precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
         dims = (((1,), (1 if transpose else 0,)), ((), ()))
-        product = jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-        return product if onto is None else onto + product
+        result = jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+        return result if onto is None else onto + result
     if transpose:
         b = plgpu.transpose_ref(b, (1, 0))
     if onto is not None:
-        return pl.run_state(lambda total: plgpu.wgmma(total, a, b))(plgpu.ACC.init(onto))
+        return pl.run_state(lambda total: plgpu.wgmma(total, a, b))(plgpu.WGMMAAccumulatorRef.init(onto))
 
-    def product(total):
+    def product(total: Any) -> Any:
         plgpu.wgmma(total, a, b)
         return total[...]
 
-    return pl.run_scoped(product, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 class Stream(NamedTuple):

@@ -6,6 +6,9 @@ A block of threads holds a tile of the queries of one head, 64 per consumer warp
 keys and values of the tile's band, block by block, into a ring of shared memory. Blocks outside the band of causality
 and window, and with documents those before the first and after the last that share a document with the tile, are not
 loaded. Only blocks on the diagonal or on the window's edge compute a mask.
+
+Compile with CUDA 12.9.1 or later, or before 12.8: JAX refuses to run its own causal kernel of this form with those
+between, whose ptxas miscompiles the mask.
 """
 
 import functools
@@ -286,7 +289,8 @@ def _forward_kernel(scores: Scores, ratio: int, *refs):
     q_ref, k_ref, v_ref, *documents = inputs
     band, blocks = scores.band, scores.band.blocks
     stream = Stream(full_, free, blocks.slots)
-    b, h, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
+    b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    tile = band.length // blocks.tile - 1 - jax.lax.axis_index("tile")  # those with the most steps first
     bounds = scores.narrow(band.of_queries(tile * blocks.tile), documents, b, tile)
     first, stop = bounds[0], bounds[3]
 

@@ -54,7 +54,8 @@ def _dq_kernel(scores: Scores, ratio: int, *refs):
     q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *documents = inputs
     band, blocks = scores.band, scores.band.blocks
     stream = Stream(full_, free, blocks.slots)
-    b, h, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
+    b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    tile = band.length // blocks.tile - 1 - jax.lax.axis_index("tile")  # those with the most steps first
     bounds = scores.narrow(band.of_queries(tile * blocks.tile), documents, b, tile)
     first, stop = bounds[0], bounds[3]
 

@@ -2,11 +2,11 @@
 
 Never run on a GPU: interpreted and lowered only.
 
-The kernel cuts every row into chunks of 64 columns and gives each chunk's maximum and sum of exponentials. The k largest
-entries of a row lie in its k best chunks, those of the largest maximum, of equal ones the first: whatever chunk comes
-before that of an entry holds an entry that comes before it. So only k * 64 columns of a row are gathered and sorted;
-beside the one read, that is k * 64 of Z columns once more, and 8 bytes a chunk. Where Z is no multiple of 64, or the
-chunks of all rows are no multiple of 8, the logits are first copied into such a shape.
+The kernel cuts every row into chunks of 64 columns and gives each chunk's maximum and sum of exponentials. The k
+largest entries of a row lie in its k best chunks, those of the largest maximum, of equal ones the first: whatever chunk
+comes before that of an entry holds an entry that comes before it. So only k * 64 columns of a row are gathered and
+sorted; beside the one read, that is k * 64 of Z columns once more, and 8 bytes a chunk. Where Z is no multiple of 64,
+or the chunks of all rows are no multiple of 8, the logits are first copied into such a shape.
 """
 
 import functools
@@ -33,8 +33,8 @@ def supports(logits, *, k: int) -> None:
     """Raises `UnsupportedError` where `forward` gains nothing."""
     if logits.shape[1] < 2 * k * CHUNK:
         raise UnsupportedError(
-            f"softmax_topk: mosaic_gpu does not serve logits {logits.shape} with k={k}: it sorts k * {CHUNK} entries of "
-            "a row, which is half of it or more; use 'xla'"
+            f"softmax_topk: mosaic_gpu does not serve logits {logits.shape} with k={k}: it sorts k * {CHUNK} entries "
+            "of a row, which is half of it or more; use 'xla'"
         )
 
 
@@ -73,7 +73,7 @@ def _kernel(steps: int, x_ref, maximum_ref, total_ref, x_smem, maximum_smem, tot
 
 
 def _summarise(chunks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 [n] each of chunks [n, 64], n at least 64, in eights: maxima, and sums of exponentials relative to them."""
+    """float32 [n] each of chunks [n, 64], n at least 64, in eights: maxima, and sums of exponentials beside them."""
     blocks, steps = tiles(chunks.shape[0])
     numbers = plgpu.SMEM((SLOTS, TILE), jnp.float32)
     return plgpu.kernel(

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from pallas_kernels.interpret import interpret
 from tests.pallas_kernels.sequences import assert_close
 
-
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
 
 
