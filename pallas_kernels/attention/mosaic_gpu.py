@@ -58,16 +58,18 @@ class Blocks(NamedTuple):
 
 
 def choose_blocks(held: int, streamed: int, most: int) -> Blocks:
-    """Sizes whose buffers fit in shared memory, at least two steps in flight.
+    """Sizes whose buffers fit in shared memory.
+
+    Steps are of 64 rows at least, what a matrix product sums over at once; two in flight where they fit.
 
     Args:
       held: bytes that stay for one row of the tile.
       streamed: bytes that one row of a step brings.
       most: the most rows of a step; what it computes for them must fit in registers.
     """
-    rows, slots = 64, 2
+    rows = 64
     spare = SMEM_BYTES - _SMEM_SLACK - CONSUMERS * rows * held
-    step = max(n for n in (32, 64, 128) if n <= most and slots * n * streamed <= spare)
+    step = 128 if most >= 128 and 2 * 128 * streamed <= spare else 64
     return Blocks(rows, step, min(4, spare // (step * streamed)))
 
 
@@ -217,8 +219,8 @@ def layout(time, q_documents, kv_documents, blocks: Blocks, *, window, scale, so
     return plain._replace(documents=tuple(plain.pad(jnp.where(x >= 0, x, fill), fill) for x, fill in sides))
 
 
-def supports(q, k, v, q_positions, *rest, max_width: int = MAX_WIDTH, **options) -> None:
-    """Raises `UnsupportedError` for what the forward kernel does not serve."""
+def supports(q, k, v, q_positions, *rest, **options) -> None:
+    """Raises `UnsupportedError` for what neither the forward nor the backward kernels serve."""
     widths = q.shape[3], v.shape[3]
     if q_positions is not None:
         raise UnsupportedError(
@@ -230,10 +232,10 @@ def supports(q, k, v, q_positions, *rest, max_width: int = MAX_WIDTH, **options)
             "attention: mosaic_gpu does not serve q, k and v of dtype float32: the matrix units would round them; "
             "use bfloat16, or 'xla'"
         )
-    if any(width % 64 or width > max_width for width in widths):
+    if any(width % 64 or width > MAX_WIDTH for width in widths):
         raise UnsupportedError(
             f"attention: mosaic_gpu does not serve widths K={widths[0]}, V={widths[1]} of q, k and v: its tiles "
-            f"take multiples of 64 up to {max_width}; use 'xla'"
+            f"take multiples of 64 up to {MAX_WIDTH}; use 'xla'"
         )
 
 

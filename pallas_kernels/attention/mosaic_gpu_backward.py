@@ -4,7 +4,8 @@ Never run on a GPU: interpreted and lowered only.
 
 Both recompute the weights p = exp(s - lse) step by step and walk the band of the forward kernel: the first streams
 keys past a tile of queries, the second streams the queries of every head of a group past a tile of keys, with its
-score matrices transposed, so that every product takes its left factor from registers.
+score matrices transposed, so that every product takes its left factor from registers. The second runs twice where
+dk and dv are too wide for registers together, once for each.
 """
 
 import functools
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.attention.mosaic_gpu import (
     CONSUMERS,
     LOG2_E,
@@ -29,7 +29,7 @@ from pallas_kernels.attention.mosaic_gpu import (
 )
 from pallas_kernels.wgmma import COLUMNS, MATRIX, ROWS, Stream, across, full, load, matrix_ref, multiply
 
-MAX_WIDTH = 128  # a warpgroup's 64 rows of dk and of dv stay in registers
+TOGETHER = 128  # up to this width a warpgroup's 64 rows of dk and of dv stay in registers together
 _STATISTICS = 12  # bytes of the log-sum-exp, of delta and of the document of a query
 
 
@@ -42,11 +42,6 @@ def dq_blocks(key: int, value: int) -> Blocks:
 def dkv_blocks(key: int, value: int) -> Blocks:
     """Blocks of the kernel of dk and dv for 16-bit numbers of these widths."""
     return choose_blocks(2 * (key + value) + 4, 2 * (key + value) + _STATISTICS, 64)
-
-
-def supports(q, k, v, *rest, **options) -> None:
-    """Raises `UnsupportedError` for what the backward kernels do not serve."""
-    mosaic_gpu.supports(q, k, v, *rest, max_width=MAX_WIDTH, **options)
 
 
 def _dq_kernel(scores: Scores, ratio: int, *refs):
@@ -106,8 +101,9 @@ def _dq_kernel(scores: Scores, ratio: int, *refs):
     roles(consume, produce)
 
 
-def _dkv_kernel(scores: Scores, ratio: int, *refs):
-    *inputs, dk_ref, dv_ref, k_smem, v_smem, q_smem, dy_smem, statistics, marks, held, full_, free = refs
+def _dkv_kernel(scores: Scores, ratio: int, wants: tuple[str, ...], *refs):
+    *refs, k_smem, v_smem, q_smem, dy_smem, statistics, marks, held, full_, free = refs
+    inputs, outputs = refs[: -len(wants)], dict(zip(wants, refs[-len(wants) :], strict=True))
     q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *documents = inputs
     band, blocks = scores.band, scores.band.blocks
     stream = Stream(full_, free, blocks.slots)
@@ -139,7 +135,7 @@ def _dkv_kernel(scores: Scores, ratio: int, *refs):
         kv_marks = load(marks[1].at[index], ROWS) if documents else None
 
         def update(step, carry, *, masked, before):
-            dk, dv = carry
+            grads = dict(carry)
             slot = stream.take(before + step - first)
             s, tanh = scores.scores(multiply(k, q_smem.at[slot], transpose=True))
             if masked:
@@ -147,30 +143,35 @@ def _dkv_kernel(scores: Scores, ratio: int, *refs):
                 s = scores.hide(s, step * blocks.step, kv_start, q_marks, kv_marks, q_axis=1)
             lse, delta = (load(x.at[slot], COLUMNS) for x in statistics)
             p = jnp.exp2(s - across(lse, s.shape, 1))
-            dv = multiply(p.astype(dv_ref.dtype), dy_smem.at[slot], dv)
-            dp = multiply(v, dy_smem.at[slot], transpose=True)
-            ds = scores.score_grad(p, dp, across(delta, s.shape, 1), tanh)
-            dk = multiply(ds.astype(dk_ref.dtype), q_smem.at[slot], dk)
+            if "dv" in grads:
+                grads["dv"] = multiply(p.astype(v_ref.dtype), dy_smem.at[slot], grads["dv"])
+            if "dk" in grads:
+                dp = multiply(v, dy_smem.at[slot], transpose=True)
+                ds = scores.score_grad(p, dp, across(delta, s.shape, 1), tanh)
+                grads["dk"] = multiply(ds.astype(k_ref.dtype), q_smem.at[slot], grads["dk"])
             stream.release(slot)
-            return dk, dv
+            return grads
 
         def head(n, carry):
             return scores.loop(bounds, functools.partial(update, before=n * turn), carry)
 
-        start = tuple(full((blocks.rows, x.shape[3]), 0.0, MATRIX) for x in (k_ref, v_ref))
-        dk, dv = jax.lax.fori_loop(0, ratio, head, start)
-        k[...] = (dk * scores.scale).astype(dk_ref.dtype)
-        v[...] = dv.astype(dv_ref.dtype)
+        start = {name: full((blocks.rows, x.shape[3]), 0.0, MATRIX) for name, x in outputs.items()}
+        grads = jax.lax.fori_loop(0, ratio, head, start)
+        places = {"dk": k, "dv": v}  # of what is read no more
+        for name, x in grads.items():
+            x = x * scores.scale if name == "dk" else x
+            places[name][...] = x.astype(k_ref.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k, dk_ref.at[b, keys, g])
-        plgpu.copy_smem_to_gmem(v, dv_ref.at[b, keys, g])
+        for name, ref in outputs.items():
+            plgpu.copy_smem_to_gmem(places[name], ref.at[b, keys, g])
         plgpu.wait_smem_to_gmem(0)
 
     roles(consume, produce)
 
 
-def _call(by_query: bool, q, k, v, dy, lse, delta, q_documents, kv_documents, **options):
-    """One of the kernels on arrays as `backward` has them; returns its outputs."""
+def _call(wants: tuple[str, ...], q, k, v, dy, lse, delta, q_documents, kv_documents, **options) -> list[jax.Array]:
+    """The gradients `wants`, ("dq",) or some of ("dk", "dv"), of arrays as `backward` has them."""
+    by_query = wants == ("dq",)
     (batch, time, heads, key), (groups, value) = q.shape, v.shape[2:]
     blocks = (dq_blocks if by_query else dkv_blocks)(key, value)
     at = layout(time, q_documents, kv_documents, blocks, **options)
@@ -189,13 +190,14 @@ def _call(by_query: bool, q, k, v, dy, lse, delta, q_documents, kv_documents, **
         *stream_barriers(blocks.slots, streamed),
     ]
     arrays = (at.rows(q, q_documents), at.rows(k, kv_documents), at.rows(v, kv_documents), at.rows(dy, q_documents))
-    outputs = arrays[:1] if by_query else arrays[1:3]
-    body = functools.partial(_dq_kernel if by_query else _dkv_kernel, at.scores, heads // groups)
+    outputs = [{"dq": arrays[0], "dk": arrays[1], "dv": arrays[2]}[name] for name in wants]
+    body = functools.partial(_dq_kernel, at.scores, heads // groups)
+    if not by_query:
+        body = functools.partial(_dkv_kernel, at.scores, heads // groups, wants)
     grid = {"head": heads if by_query else groups, "tile": length // blocks.tile, "batch": batch}
-    name = "attention_dq" if by_query else "attention_dkv"
-    results = kernel(name, body, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs], scratch, grid)(
-        *arrays, at.statistic(lse), at.statistic(delta), *at.documents, *at.spans(by_query=by_query)
-    )
+    results = kernel(
+        "attention_" + "_".join(wants), body, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs], scratch, grid
+    )(*arrays, at.statistic(lse), at.statistic(delta), *at.documents, *at.spans(by_query=by_query))
     return [x[:, :time] for x in results]
 
 
@@ -225,6 +227,6 @@ def backward(
     delta = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1) - jnp.where(sees, dlse, 0.0)
     arrays = (q, k, v, dy, jnp.where(sees, lse, 0.0) * LOG2_E, delta, q_documents, kv_documents)
     options = {"window": window, "scale": scale, "soft_cap": soft_cap}
-    (dq,) = _call(True, *arrays, **options)
-    dk, dv = _call(False, *arrays, **options)
-    return dq, dk, dv
+    together = max(q.shape[3], v.shape[3]) <= TOGETHER
+    parts = (("dq",), ("dk", "dv")) if together else (("dq",), ("dk",), ("dv",))
+    return tuple(grad for wants in parts for grad in _call(wants, *arrays, **options))

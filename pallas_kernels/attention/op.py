@@ -23,7 +23,7 @@ BACKWARD = {
 }
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
 FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
-BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu_backward.supports}
+BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 _MAX_WINDOW = 2**31 - 1

@@ -33,10 +33,11 @@ def small(monkeypatch):
     """Has the kernels use small blocks, so that short sequences have many."""
     for module, name, blocks in (
         (mosaic_gpu, "forward_blocks", Blocks(8, 16, 2)),
-        (mosaic_gpu_backward, "dq_blocks", Blocks(16, 8, 2)),
+        (mosaic_gpu_backward, "dq_blocks", Blocks(16, 8, 1)),
         (mosaic_gpu_backward, "dkv_blocks", Blocks(8, 8, 3)),
     ):
         monkeypatch.setattr(module, name, lambda *_, blocks=blocks: blocks)
+    monkeypatch.setattr(mosaic_gpu_backward, "TOGETHER", 8)
 
 
 def check(q, k, v, cotangents=None, **arguments):
@@ -68,6 +69,7 @@ def check(q, k, v, cotangents=None, **arguments):
         (35, 2, 1, 8, 4, {"soft_cap": 2.0, "scale": -0.7}),
         (53, 1, 1, 8, 8, {"window": 17}),
         (32, 1, 1, 4, 8, {"window": 1}),
+        (25, 2, 1, 9, 8, {"soft_cap": 5.0}),  # dk and dv by kernels of their own
     ],
 )
 def test_many_small_blocks(small, time, heads, groups, key, value, options):
@@ -175,15 +177,15 @@ def test_a_window_that_hides_nothing_is_none():
 
 
 @pytest.mark.parametrize(
-    ("choose", "widest"),
-    [(mosaic_gpu.forward_blocks, 256), (mosaic_gpu_backward.dq_blocks, 128), (mosaic_gpu_backward.dkv_blocks, 128)],
+    "choose", [mosaic_gpu.forward_blocks, mosaic_gpu_backward.dq_blocks, mosaic_gpu_backward.dkv_blocks]
 )
-def test_the_choice_of_blocks(choose, widest):
-    for key in range(64, widest + 1, 64):
-        for value in range(64, widest + 1, 64):
+def test_the_choice_of_blocks(choose):
+    for key in range(64, mosaic_gpu.MAX_WIDTH + 1, 64):
+        for value in range(64, mosaic_gpu.MAX_WIDTH + 1, 64):
             blocks = choose(key, value)
             assert blocks.rows == 64
-            assert 2 <= blocks.slots <= 4
+            assert blocks.step in (64, 128)
+            assert (2 if max(key, value) <= 128 else 1) <= blocks.slots <= 4
             rows, steps = blocks.tile, blocks.slots * blocks.step
             if choose is mosaic_gpu.forward_blocks:
                 held, streamed = 2 * (key + (value if key != value else 0)) + 8, 2 * (key + value) + 4
@@ -191,7 +193,9 @@ def test_the_choice_of_blocks(choose, widest):
             elif choose is mosaic_gpu_backward.dq_blocks:
                 held, streamed, registers = 2 * (key + value) + 12, 2 * (key + value) + 4, key + 2 * blocks.step
             else:
-                held, streamed, registers = 2 * (key + value) + 4, 2 * (key + value) + 12, key + value + 2 * blocks.step
+                accumulators = key + value if max(key, value) <= mosaic_gpu_backward.TOGETHER else max(key, value)
+                held, streamed = 2 * (key + value) + 4, 2 * (key + value) + 12
+                registers = accumulators + 2 * blocks.step
             assert rows * held + steps * streamed + 10 * 1024 <= SMEM
             assert registers // 2 <= 200  # float32 of 64 rows over 128 threads, of 232
 
@@ -201,12 +205,8 @@ SERVED = {n: s for n, s in shapes.MODELS.items() if s.keys is None and s.key % 6
 
 @pytest.mark.parametrize("name", SERVED)
 def test_lowers_at_every_shape_it_serves(name):
-    shape = SERVED[name]
-    if shape.key <= mosaic_gpu_backward.MAX_WIDTH:
-        assert count_kernels(lower_op(attention, shape)) == 3
-    else:
-        call = functools.partial(attention, implementation="mosaic_gpu", **shape.options())
-        assert count_kernels(lower_function(call, *shape.arrays().values())) == 1
+    together = SERVED[name].key <= mosaic_gpu_backward.TOGETHER
+    assert count_kernels(lower_op(attention, SERVED[name])) == (3 if together else 4)
 
 
 def test_lowers_with_every_option_and_transformation():
@@ -247,11 +247,11 @@ def test_what_the_kernels_do_not_serve():
         (arrays(96, 96), {}, "K=96, V=96"),
         (arrays(64, 72), {}, "V=72"),
         (arrays(320, 64), {}, "K=320"),
-        (arrays(256, 256), {}, "up to 128"),  # the backward kernels alone
     )
     for shape, extra, reason in refused:
         with pytest.raises(UnsupportedError, match=f"mosaic_gpu does not serve .*{reason}"):
             served(*shape, **extra)
-        assert served(*shape, implementation=None, **extra) == (reason == "up to 128")
+        assert served(*shape, implementation=None, **extra) == 0
     assert served(*arrays(), implementation=None) == 3
+    assert served(*arrays(256, 192), implementation=None) == 4
     assert served(*arrays(128, 64, jnp.float16), q_documents=index, kv_documents=index, window=2, soft_cap=1.0) == 3
