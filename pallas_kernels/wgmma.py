@@ -80,7 +80,8 @@ def multiply(a: Any, b: Any, onto: jax.Array | None = None, *, transpose: bool =
         plgpu.wgmma(total, a, b)
         return total[...]
 
-    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+    total: Any = plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32)
+    return pl.run_scoped(product, total)
 
 
 class Stream(NamedTuple):

@@ -80,7 +80,7 @@ def softmax_topk(logits: jax.Array, k: int, *, implementation: str | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _softmax_topk(k, implementation, *arrays):
+def _softmax_topk(k, implementation, *arrays) -> Any:
     return _forward(k, implementation, *arrays)[0]
 
 
