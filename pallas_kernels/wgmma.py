@@ -74,13 +74,14 @@ def multiply(a: Any, b: Any, onto: jax.Array | None = None, *, transpose: bool =
     if transpose:
         b = plgpu.transpose_ref(b, (1, 0))
     if onto is not None:
-        return pl.run_state(lambda total: plgpu.wgmma(total, a, b))(plgpu.WGMMAAccumulatorRef.init(onto))
+        total: Any = plgpu.WGMMAAccumulatorRef.init(onto)
+        return pl.run_state(lambda total: plgpu.wgmma(total, a, b))(total)
 
     def product(total: Any) -> Any:
         plgpu.wgmma(total, a, b)
         return total[...]
 
-    total: Any = plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32)
+    total = plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32)
     return pl.run_scoped(product, total)
 
 

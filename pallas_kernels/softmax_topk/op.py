@@ -12,7 +12,7 @@ from pallas_kernels.softmax_topk import mosaic_gpu, mosaic_tpu, reference, xla
 
 MAX_K = 128
 
-FORWARD: dict[str, Any] = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
 FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
 NAMES = ("reference", *FORWARD)
 
@@ -76,11 +76,12 @@ def softmax_topk(logits: jax.Array, k: int, *, implementation: str | None = None
         )
     if implementation == "reference":
         return SoftmaxTopK(*reference.forward(logits, k=k))
-    return SoftmaxTopK(*_softmax_topk(k, implementation, logits))
+    outputs: Any = _softmax_topk(k, implementation, logits)
+    return SoftmaxTopK(*outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _softmax_topk(k, implementation, *arrays) -> Any:
+def _softmax_topk(k, implementation, *arrays):
     return _forward(k, implementation, *arrays)[0]
 
 

@@ -67,8 +67,7 @@ def check(q, k, v, cotangents=None, **arguments):
     [
         (1, 1, 1, 8, 8, {}),
         (35, 2, 1, 8, 4, {"soft_cap": 2.0, "scale": -0.7}),
-        (53, 1, 1, 8, 8, {"window": 17}),
-        (32, 1, 1, 4, 8, {"window": 1}),
+        (53, 1, 1, 4, 8, {"window": 17}),
         (25, 2, 1, 9, 8, {"soft_cap": 5.0}),  # dk and dv by kernels of their own
     ],
 )
