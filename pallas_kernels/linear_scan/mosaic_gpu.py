@@ -13,6 +13,7 @@ is left to the L2 cache. Time is not split: B * D / 128 blocks are all there is 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,9 +103,11 @@ def _scan_group(group: Group, h, a_ref, b_ref, put):
 
 
 def _forward_kernel(*refs, p: Plan, masked: bool, save: bool):
-    codes, refs = (refs[0], refs[1:]) if masked else (None, refs)
+    codes: Any = refs[0] if masked else None
+    refs = refs[masked:]
     a_ref, b_ref, state_ref, h_ref, new_state_ref, *refs = refs
-    boundary_ref, refs = (refs[0], refs[1:]) if save else (None, refs)
+    boundary_ref: Any = refs[0] if save else None
+    refs = refs[save:]
     barrier, a_tile, b_tile, h_tile, *code_tile = refs
     row, block = jax.lax.axis_index("row"), jax.lax.axis_index("block")
     channels, here = pl.ds(block * CHANNELS, CHANNELS), pl.ds(block, 1)
@@ -141,7 +144,8 @@ def _forward_kernel(*refs, p: Plan, masked: bool, save: bool):
 
 
 def _backward_kernel(*refs, p: Plan, masked: bool):
-    codes, refs = (refs[0], refs[1:]) if masked else (None, refs)
+    codes: Any = refs[0] if masked else None
+    refs = refs[masked:]
     a_ref, b_ref, boundary_ref, dh_ref, dstate_ref, da_ref, db_ref, out_ref, *refs = refs
     barrier, a_tile, other_tile, da_tile, db_tile, before, *code_tile = refs
     row, block = jax.lax.axis_index("row"), jax.lax.axis_index("block")

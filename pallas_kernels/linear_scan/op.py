@@ -43,7 +43,7 @@ def linear_scan(
       valid: bool [B, T], False at padding: the state stays, h is 0, and what the other arguments hold
         there is ignored, `reset` included. None when there is no padding.
       chunk_size: tokens between two saved states; None takes 256.
-      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu", "mosaic_gpu" or None for the platform's priority.
 
     Returns:
       h: [B, T, D] in the dtype of b.

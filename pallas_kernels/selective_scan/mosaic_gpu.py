@@ -14,6 +14,7 @@ there is to fill the chip with.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,15 +179,15 @@ def decay_of(step, A2):
 
 def _kernel(*refs, p: Plan, save: bool):
     refs = list(refs)
-    codes = refs.pop(0) if p.masked else None
+    codes: Any = refs.pop(0) if p.masked else None
     x_ref, dt_ref, maps_ref, A_ref, D_ref, bias_ref, state_ref = (refs.pop(0) for _ in range(7))
-    z_ref = refs.pop(0) if p.gate else None
+    z_ref: Any = refs.pop(0) if p.gate else None
     y_ref, new_state_ref = refs.pop(0), refs.pop(0)
-    boundary_ref = refs.pop(0) if save else None
+    boundary_ref: Any = refs.pop(0) if save else None
     barrier, x_tile, dt_tile, y_tile, maps_tile = (refs.pop(0) for _ in range(5))
-    z_tile = refs.pop(0) if p.gate else None
-    edges = refs.pop(0) if save else None
-    code_tile = refs.pop(0) if p.masked else None
+    z_tile: Any = refs.pop(0) if p.gate else None
+    edges: Any = refs.pop(0) if save else None
+    code_tile: Any = refs.pop(0) if p.masked else None
     here, block = jax.lax.axis_index("row"), jax.lax.axis_index("block")
     channels = pl.ds(block * CHANNELS, CHANNELS)
     per_chunk = p.chunk // p.rows

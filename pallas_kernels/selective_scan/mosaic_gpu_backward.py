@@ -12,6 +12,7 @@ apart, as they write what of dA, dD and the bias belongs to a row, and XLA adds 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +65,14 @@ def _token_bytes(x, dt, z) -> int:
 
 def _kernel(*refs, p: Plan):
     refs = list(refs)
-    codes = refs.pop(0) if p.masked else None
+    codes: Any = refs.pop(0) if p.masked else None
     x_ref, dt_ref, dy_ref, maps_ref, boundary_ref, A_ref, D_ref, bias_ref, dstate_ref = (refs.pop(0) for _ in range(9))
-    z_ref = refs.pop(0) if p.gate else None
+    z_ref: Any = refs.pop(0) if p.gate else None
     dx_ref, ddt_ref, dmaps_ref, dA_ref, dD_ref, dbias_ref, out_ref = (refs.pop(0) for _ in range(7))
-    dz_ref = refs.pop(0) if p.gate else None
+    dz_ref: Any = refs.pop(0) if p.gate else None
     barrier, x_tile, dt_tile, dy_tile, maps_tile, dmaps_tile, boundary, edges = (refs.pop(0) for _ in range(8))
-    z_tile = refs.pop(0) if p.gate else None
-    code_tile = refs.pop(0) if p.masked else None
+    z_tile: Any = refs.pop(0) if p.gate else None
+    code_tile: Any = refs.pop(0) if p.masked else None
     here, block = jax.lax.axis_index("row"), jax.lax.axis_index("block")
     channels = pl.ds(block * CHANNELS, CHANNELS)
     groups = p.rows // TOGETHER

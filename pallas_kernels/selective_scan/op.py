@@ -69,7 +69,7 @@ def selective_scan(
       valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold
         there is ignored, `reset` included. None when there is no padding.
       chunk_size: tokens between two saved states; None takes 32.
-      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu", "mosaic_gpu" or None for the platform's priority.
 
     Returns:
       y: [B, T, Di] in the dtype of x.

@@ -111,7 +111,8 @@ def check_mapped(run: Any, args: dict[str, Any], tolerance: float) -> None:
 
     def gradients(implementation):
         twice = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), args)
-        return jax.jit(jax.vmap(jax.grad(lambda a: _loss(run, a, implementation))))(twice)
+        mapped = jax.vmap(jax.grad(lambda a: _loss(run, a, implementation)))
+        return jax.jit(mapped, compiler_options=QUICK)(twice)
 
     with simulate():
         actual = jax.block_until_ready(gradients("mosaic_gpu"))

@@ -12,7 +12,15 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.linear_scan import linear_scan, mosaic_gpu, xla
 from pallas_kernels.linear_scan.shapes import MODELS, TINY
 from tests.pallas_kernels import test_linear_scan
-from tests.pallas_kernels.gpu import check_mapped, check_transformations_lower, count_kernels, lower_op, simulate
+from tests.pallas_kernels.gpu import (
+    QUICK,
+    check_mapped,
+    check_transformations_lower,
+    count_kernels,
+    lower_function,
+    lower_op,
+    simulate,
+)
 from tests.pallas_kernels.sequences import assert_close, masks
 from tests.pallas_kernels.test_linear_scan import draw, draw_cotangents, loop
 
@@ -22,7 +30,14 @@ BFLOAT16_TOLERANCE = 2.0**-7
 CHUNK = 16
 
 run = functools.partial(test_linear_scan.run, chunk_size=CHUNK)
-run_and_pull = test_linear_scan.run_and_pull
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"), compiler_options=QUICK)
+def run_and_pull(args, cotangents, reset=None, valid=None, implementation="mosaic_gpu", chunk_size=CHUNK):
+    """Outputs and the gradients of all arguments."""
+    options = {"reset": reset, "valid": valid, "chunk_size": chunk_size, "implementation": implementation}
+    out, pullback = jax.vjp(lambda args: linear_scan(**args, **options), args)
+    return out, pullback(cotangents)[0]
 
 
 def check(args, reset=None, valid=None, chunk_size=CHUNK):
@@ -139,7 +154,23 @@ def test_tiles_fit_shared_memory():
                 assert used <= warpgroup.SMEM_BYTES
 
 
+def test_a_call_without_a_name_takes_the_kernel_on_cuda_where_it_serves():
+    args = draw(1, CHUNK)
+    assert count_kernels(lower_function(lambda args: linear_scan(**args), args)) == 1
+    half = args | {n: np.asarray(args[n], np.float16) for n in ("a", "b")}
+    assert count_kernels(lower_function(lambda args: linear_scan(**args), half)) == 0
+
+
+def check_lowers(shape):
+    assert count_kernels(lower_op(linear_scan, shape)) == (2 if shape.time > 1 else 0)
+
+
+@pytest.mark.parametrize("name", ["hgrn_1.3b", "griffin_3b_packed", "griffin_3b_append", "griffin_3b_decode"])
+def test_lowers_published_shapes(name):
+    check_lowers(MODELS[name])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TINY, *MODELS])
 def test_lowers_every_shape(name):
-    shape = (TINY | MODELS)[name]
-    assert count_kernels(lower_op(linear_scan, shape)) == (2 if shape.time > 1 else 0)
+    check_lowers((TINY | MODELS)[name])
