@@ -4,3 +4,4 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PJRT_NPROC", "8")  # threads of XLA: simulated warpgroups that wait for each other hold one each

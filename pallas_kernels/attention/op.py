@@ -7,13 +7,24 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, partition
-from pallas_kernels.attention import mosaic_tpu, mosaic_tpu_backward, reference, xla
+from pallas_kernels.attention import (
+    mosaic_gpu,
+    mosaic_gpu_backward,
+    mosaic_tpu,
+    mosaic_tpu_backward,
+    reference,
+    xla,
+)
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
-BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
+BACKWARD = {
+    "xla": xla.backward,
+    "mosaic_tpu": mosaic_tpu_backward.backward,
+    "mosaic_gpu": mosaic_gpu_backward.backward,
+}
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
-FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
-BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
+BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
 
 # How a mesh divides the op (see `partition.run`).
 AXES = {"B": "batch", "H": "heads", "G": "heads"}
@@ -73,7 +84,8 @@ def attention(
       scale: score factor; None = K ** -0.5.
       soft_cap: bound of the scores before masking; None = unbounded.
       return_lse: whether to return the log-sum-exp too, for `merge`; it is differentiable.
-      implementation: None (by platform), "xla", "mosaic_tpu", or "reference" (dense float32, differentiated by JAX).
+      implementation: None (by platform), "xla", "mosaic_tpu", "mosaic_gpu" (not float32; widths in multiples of 64),
+        or "reference" (dense float32, differentiated by JAX).
 
     Returns:
       y [B, T, H, V] in q's dtype; with `return_lse`, (y, lse) where lse is float32[B, T, H].

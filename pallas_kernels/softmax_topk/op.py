@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
-from pallas_kernels.softmax_topk import mosaic_tpu, reference, xla
+from pallas_kernels.softmax_topk import mosaic_gpu, mosaic_tpu, reference, xla
 
 MAX_K = 128
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
-FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
 NAMES = ("reference", *FORWARD)
 
 
@@ -50,7 +50,8 @@ def softmax_topk(logits: jax.Array, k: int, *, implementation: str | None = None
     Args:
       logits: [N, Z], float32, bfloat16 or float16, N >= 1.
       k: number of entries, 1 <= k <= min(Z, 128).
-      implementation: "reference", "xla", "mosaic_tpu" (not for float16) or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu" (not for float16), "mosaic_gpu" (for long rows) or
+        None for the platform's priority.
 
     Returns:
       SoftmaxTopK(lse [N], values [N, k], indices [N, k], probabilities [N, k]); 0.0 and -0.0 are equal logits.

@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib
+import os
+import threading
 from typing import Any
 
 import jax
@@ -10,7 +12,32 @@ import jax.numpy as jnp
 from pallas_kernels.interpret import interpret
 from tests.pallas_kernels.sequences import assert_close
 
-QUICK = {"xla_backend_optimization_level": 0}  # the interpreted kernels are long programs that run once
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles in half the time
+
+
+@contextlib.contextmanager
+def _compile_threads_once():
+    """Has the interpreter compile a kernel of several warpgroups once, not for each warpgroup of each block anew."""
+    module = importlib.import_module("jax._src.pallas.mosaic.interpret.thread_map")
+    evaluate = importlib.import_module("jax._src.core").eval_jaxpr
+    original, lock, compiled = module._run_jaxpr, threading.Lock(), {}
+
+    def run(jaxpr, consts, *args):
+        # A warpgroup that waits at a barrier holds a thread of XLA's pool: too few of them would be a deadlock.
+        assert int(os.environ.get("PJRT_NPROC", 0)) >= 8, (
+            "set PJRT_NPROC=8 before jax starts, as tests/conftest.py does"
+        )
+        with lock:
+            if id(jaxpr) not in compiled:
+                lowered = jax.jit(lambda consts, *args: evaluate(jaxpr, consts, *args)).lower(consts, *args)
+                compiled[id(jaxpr)] = jaxpr, lowered.compile(compiler_options=QUICK)
+        compiled[id(jaxpr)][1](consts, *args)
+
+    module._run_jaxpr = run
+    try:
+        yield
+    finally:
+        module._run_jaxpr = original
 
 
 @contextlib.contextmanager
@@ -24,7 +51,8 @@ def simulate(*, detect_races: bool = True):
     params = importlib.import_module(f"{base}.params")
     interpreter.reset_gpu_interpret_mode_state()
     try:
-        with interpret(params.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan")):
+        simulated = params.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan")
+        with _compile_threads_once(), interpret(simulated):
             yield
             if detect_races:
                 assert interpreter.get_races() is not None, "nothing was simulated"
