@@ -6,12 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import mosaic_tpu, mosaic_tpu_backward, reference, xla
+from pallas_kernels.attention import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_slots, reference, xla
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
+
+def _mosaic_tpu_forward(q, k, v, q_positions, *rest, **options):
+    kernel = mosaic_tpu if q_positions is None else mosaic_tpu_slots
+    return kernel.forward(q, k, v, q_positions, *rest, **options)
+
+
+FORWARD = {"xla": xla.forward, "mosaic_tpu": _mosaic_tpu_forward}
 BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
-FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu_slots.supports}
 BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
