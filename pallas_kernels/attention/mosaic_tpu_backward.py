@@ -161,7 +161,7 @@ def _dkv_kernel(scores: Scores, with_dq: bool, *refs):
 
         jax.lax.fori_loop(0, blocks.kv // blocks.kv_chunk * blocks.heads, step, None)
 
-    if ring is not None:
+    if ring is not None and dq_ref is not None:
 
         @pl.when((j == met_last) & (i <= last))
         def _():

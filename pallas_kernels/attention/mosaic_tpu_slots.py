@@ -88,9 +88,9 @@ def _kernel(scale, soft_cap, row_ref, mark_ref, q_ref, k_ref, v_ref, *refs):
         lse_ref[0] = peak_ref[...] + jnp.log(jnp.maximum(total, 1.0))
 
 
-def _marks(groups, window, *meta) -> jax.Array:
+def _marks(groups, window, q_positions, kv_positions, q_documents, kv_documents) -> jax.Array:
     """int32[B, 1, S * G]: the marks of all columns."""
-    seen = visible(*meta, window)
+    seen = visible(q_positions, kv_positions, q_documents, kv_documents, window)
     tokens = jnp.sum(seen << jnp.arange(seen.shape[1])[:, None], axis=1, dtype=jnp.int32)
     marks = tokens[:, :, None] | (jnp.arange(groups, dtype=jnp.int32) << _TOKEN_BITS)
     return marks.reshape(seen.shape[0], 1, -1)
