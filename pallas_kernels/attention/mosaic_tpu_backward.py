@@ -1,7 +1,10 @@
-"""Self-attention as Pallas TPU kernels: the backward pass, one kernel for dq and one for dk and dv.
+"""Self-attention as Pallas TPU kernels: the backward pass.
 
-Both recompute the weights p = exp(s - lse) chunk by chunk and walk the band of the forward kernel: the first
-over keys for a block of queries, the second over queries for a block of keys, with its matrices transposed.
+It recomputes the weights p = exp(s - lse) chunk by chunk. One kernel walks the band over queries for a block of keys,
+its matrices transposed, and adds up dk and dv; dq of the queries that the block meets stays in VMEM, in a ring, until
+their last block of keys has passed. That takes five products per chunk. Where the ring is too large, as for many
+query heads per key head over a long window, a second kernel computes dq over keys for a block of queries, as the
+forward kernel walks: seven products.
 """
 
 import functools
@@ -13,7 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.attention.mosaic_tpu import (
+    LANES,
     VMEM_LIMIT,
+    Band,
     Blocks,
     Layout,
     Scores,
@@ -25,6 +30,14 @@ from pallas_kernels.attention.mosaic_tpu import (
     query_specs,
     widen,
 )
+
+# Of VMEM, beside what v5e grants a kernel by default; v5e and v6e have 128 MiB, v5p has 64.
+RING_LIMIT = 16 * 2**20
+
+
+def ring_bytes(band: Band, ratio: int, key: int) -> int:
+    """Size of a float32 dq of all the queries that one block of keys meets."""
+    return band.q_steps() * ratio * band.blocks.q * 4 * LANES * -(-key // LANES)
 
 
 def _score_grad(scores: Scores, s, p, dp, delta):
@@ -85,22 +98,32 @@ def _dq_kernel(scores: Scores, *refs):
         dq_ref[0, 0] = (acc_ref[...] * scores.scale).astype(dq_ref.dtype)
 
 
-def _dkv_kernel(scores: Scores, q_steps: int, *refs):
-    columns = None
-    if scores.documents:
-        *refs, columns = refs
-    *documents, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, dk_ref, dv_ref, dk_acc, dv_acc = refs
+def _dkv_kernel(scores: Scores, with_dq: bool, *refs):
+    refs = list(refs)
+    columns = refs.pop() if scores.documents else None
+    ring = refs.pop() if with_dq else None
+    *refs, dk_ref, dv_ref, dk_acc, dv_acc = refs
+    dq_ref = refs.pop() if with_dq else None
+    *documents, q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref = refs
     band, blocks = scores.band, scores.band.blocks
-    j, step = pl.program_id(2), pl.program_id(3)
+    j, turn, step = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     first, last = band.q_range(j)
-    i = first + jax.lax.rem(step, q_steps)
+    i = first + step
+    met_first, met_last = band.kv_range(i)
+    slot, turn_heads = jax.lax.rem(i, band.q_steps()), pl.ds(turn * blocks.heads, blocks.heads)
 
-    @pl.when(step == 0)
+    @pl.when((turn == 0) & (step == 0))
     def _():
         dk_acc[...] = jnp.zeros(dk_acc.shape, jnp.float32)
         dv_acc[...] = jnp.zeros(dv_acc.shape, jnp.float32)
         if columns is not None:
             columns[...] = as_column(documents[1][0], blocks.lanes)
+
+    if ring is not None:
+
+        @pl.when((j == met_first) & (i <= last))
+        def _():
+            ring[slot, turn_heads] = jnp.zeros((blocks.heads, *ring.shape[2:]), jnp.float32)
 
     def key_chunk(column, head):
         keys = pl.ds(column, blocks.kv_chunk)
@@ -113,7 +136,8 @@ def _dkv_kernel(scores: Scores, q_steps: int, *refs):
             @scores.where_documents_meet(documents, i * blocks.q + row, kv_start)
             def _():
                 q, dy = q_ref[0, 0, head, rows], dy_ref[0, 0, head, rows]
-                s = shown = scores.scores(k_ref[0, 0, keys], q)
+                k = k_ref[0, 0, keys]
+                s = shown = scores.scores(k, q)
                 if masked:
                     marks = (0, 0)
                     if columns is not None:
@@ -124,6 +148,8 @@ def _dkv_kernel(scores: Scores, q_steps: int, *refs):
                 ds = _score_grad(scores, s, p, dp, delta_ref[0, 0, pl.ds(head, 1), rows])
                 dv_acc[keys] += contract(p.astype(dy.dtype), dy, 1, 0)
                 dk_acc[keys] += contract(ds.astype(q.dtype), q, 1, 0)
+                if ring is not None:
+                    ring[slot, turn * blocks.heads + head, rows] += contract(ds.astype(k.dtype), k, 0, 0)
 
         scores.loop(band.q_chunks(kv_start, i * blocks.q), chunk)
 
@@ -135,7 +161,13 @@ def _dkv_kernel(scores: Scores, q_steps: int, *refs):
 
         jax.lax.fori_loop(0, blocks.kv // blocks.kv_chunk * blocks.heads, step, None)
 
-    @pl.when(step == pl.num_programs(3) - 1)
+    if ring is not None and dq_ref is not None:
+
+        @pl.when((j == met_last) & (i <= last))
+        def _():
+            dq_ref[0, 0] = (ring[slot, turn_heads] * scores.scale).astype(dq_ref.dtype)
+
+    @pl.when((turn == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1))
     def _():
         dk_ref[0, 0] = (dk_acc[...] * scores.scale).astype(dk_ref.dtype)
         dv_ref[0, 0] = dv_acc[...].astype(dv_ref.dtype)
@@ -164,44 +196,52 @@ def _dq(at: Layout, ratio: int, q, k, v, dy, lse, delta):
     )(*at.documents, q, k, v, dy, lse, delta)
 
 
-def _dkv(at: Layout, ratio: int, q, k, v, dy, lse, delta):
+def _dkv(at: Layout, ratio: int, with_dq: bool, q, k, v, dy, lse, delta):
+    """[dk, dv], or [dq, dk, dv]."""
     band, blocks = at.band, at.band.blocks
     key, value = q.shape[-1], v.shape[-1]
     q_steps, turns = band.q_steps(), ratio // blocks.heads  # every query head of a key head adds to its gradient
 
     def q_index(j, step):
         first, last = band.q_range(j)
-        return jnp.minimum(first + jax.lax.rem(step, q_steps), last)
+        return jnp.minimum(first + step, last)
 
-    def q_spec(*width):
+    def dq_index(j, step):  # a block is written once it has met its own keys: those are its last
+        return jnp.minimum(q_index(j, step), band.q_diagonal(j))
+
+    def q_spec(*width, index=q_index):
         zeros = (0,) * len(width)
-
-        def index(b, g, j, step):
-            return b, g * turns + jax.lax.div(step, q_steps), 0, q_index(j, step), *zeros
-
-        return pl.BlockSpec((1, 1, blocks.heads, blocks.q, *width), index)
+        return pl.BlockSpec(
+            (1, 1, blocks.heads, blocks.q, *width),
+            lambda b, g, j, turn, step: (b, g * turns + turn, 0, index(j, step), *zeros),
+        )
 
     def kv_spec(width):
-        return pl.BlockSpec((1, 1, blocks.kv, width), lambda b, g, j, step: (b, g, j, 0))
+        return pl.BlockSpec((1, 1, blocks.kv, width), lambda b, g, j, turn, step: (b, g, j, 0))
 
+    outputs = [(k, kv_spec(key)), (v, kv_spec(value))]
     scratch = [pltpu.VMEM((blocks.kv, width), jnp.float32) for width in (key, value)]
+    if with_dq:
+        outputs = [(q, q_spec(key, index=dq_index)), *outputs]
+        scratch.append(pltpu.VMEM((q_steps, ratio, blocks.q, key), jnp.float32))
     if at.documents:
         scratch.append(pltpu.VMEM((blocks.kv, blocks.lanes), jnp.int32))
     return pl.pallas_call(
-        functools.partial(_dkv_kernel, at.scores, q_steps),
-        grid=(*k.shape[:2], band.kv_blocks, turns * q_steps),
+        functools.partial(_dkv_kernel, at.scores, with_dq),
+        grid=(*k.shape[:2], band.kv_blocks, turns, q_steps),
         in_specs=[
             *document_specs(at, q_index, lambda j, step: j),
             *(q_spec(key), kv_spec(key), kv_spec(value), q_spec(value), q_spec(), q_spec()),
         ],
-        out_specs=[kv_spec(key), kv_spec(value)],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
+        out_specs=[spec for _, spec in outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT + (ring_bytes(band, ratio, key) if with_dq else 0),
         ),
         interpret=interpret.parameters(),
-        name="attention_dkv",
+        name="attention_backward" if with_dq else "attention_dkv",
     )(*at.documents, q, k, v, dy, lse, delta)
 
 
@@ -240,5 +280,8 @@ def backward(
         at.rows(delta),
     )
     ratio = q.shape[2] // k.shape[2]
-    dk, dv = _dkv(at, ratio, *arrays)
-    return at.from_queries(_dq(at, ratio, *arrays)), at.from_keys(dk), at.from_keys(dv)
+    if ring_bytes(at.band, ratio, q.shape[3]) <= RING_LIMIT:
+        dq, dk, dv = _dkv(at, ratio, True, *arrays)
+    else:
+        dq, (dk, dv) = _dq(at, ratio, *arrays), _dkv(at, ratio, False, *arrays)
+    return at.from_queries(dq), at.from_keys(dk), at.from_keys(dv)

@@ -12,18 +12,25 @@ from pallas_kernels.attention import (
     mosaic_gpu_backward,
     mosaic_tpu,
     mosaic_tpu_backward,
+    mosaic_tpu_slots,
     reference,
     xla,
 )
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
+
+def _mosaic_tpu_forward(q, k, v, q_positions, *rest, **options):
+    kernel = mosaic_tpu if q_positions is None else mosaic_tpu_slots
+    return kernel.forward(q, k, v, q_positions, *rest, **options)
+
+
+FORWARD = {"xla": xla.forward, "mosaic_tpu": _mosaic_tpu_forward, "mosaic_gpu": mosaic_gpu.forward}
 BACKWARD = {
     "xla": xla.backward,
     "mosaic_tpu": mosaic_tpu_backward.backward,
     "mosaic_gpu": mosaic_gpu_backward.backward,
 }
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
-FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu_slots.supports, "mosaic_gpu": mosaic_gpu.supports}
 BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
 
 # How a mesh divides the op (see `partition.run`).

@@ -51,13 +51,14 @@ class Trace:
         return [loop for loop in self.loops if not loop.known]
 
 
-def run(schedule: Schedule, every_region: bool = False) -> Trace:
+def run(schedule: Schedule, every_region: bool = False, skip_unknown: bool = False) -> Trace:
     """Follows the control flow of a schedule from its first bundle to its end.
 
     Args:
       schedule: what to run.
       every_region: counts predicated regions as run each time they are met, whatever their predicate: the plain
         bundles-times-trips estimate.
+      skip_unknown: counts a region of unknown predicate as skipped, not as run.
 
     Returns:
       The trace.
@@ -84,6 +85,7 @@ def run(schedule: Schedule, every_region: bool = False) -> Trace:
         if block.target > block.at:
             if go is None:
                 assumed[block.at] += 1
+                go = skip_unknown
             go = bool(go) and (not every_region or block.jump.predicate is None)
         elif go is None:
             unknown.add(block.at)
@@ -146,6 +148,7 @@ class _Machine:
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
         self.needed = _needed(schedule)
+        self.halves = _halves(schedule)
         self.values: dict[str, Any] = {}
         self.order: dict[str, int] = {}
         self.memory: dict[str, Any] = {}
@@ -227,6 +230,9 @@ class _Machine:
             if "core id" in instruction.comment:
                 return 0  # the first core's share, where a chip has two
             return self.memory.get(str(operands[0])) if "_spill]" in str(operands[0]) else None
+        if opcode == "spop.drf":
+            division = self._value(operands[0])
+            return None if division is None else division[self.halves[str(instruction.result)]]
         return _compute(opcode, [self._value(operand) for operand in operands])
 
     def _store(self, instruction: Instruction, runs: bool | None) -> None:
@@ -293,6 +299,19 @@ def _needed(schedule: Schedule) -> set[str]:
     return needed
 
 
+def _halves(schedule: Schedule) -> dict[str, int]:
+    """Registers that take a result of a division from its queue -> 0 for the quotient, which leaves first, or 1."""
+    taken: collections.Counter[str | int] = collections.Counter()
+    found = {}
+    for bundle in schedule.bundles:
+        for instruction in bundle:
+            if instruction.opcode == "spop.drf" and instruction.result is not None:
+                division = instruction.operands[0]
+                found[instruction.result] = taken[division]
+                taken[division] += 1
+    return found
+
+
 def _spilled(instruction: Instruction) -> tuple[str, str]:
     """(slot, register) of a store such as `sst [smem:[#allocation13_spill]] %s2198_s9`."""
     slot, _, source = str(instruction.operands[0]).rpartition(" ")
@@ -330,6 +349,9 @@ _ARITHMETIC = {
     "sshll": lambda a, b: a << (b % 32),
     "sshra": lambda a, b: a >> (b % 32),
     "sshrl": lambda a, b: _unsigned(a) >> (b % 32),
+    "smin": min,
+    "smax": max,
+    "smulhi": lambda a, b: a * b >> 32,
 }
 
 
@@ -359,6 +381,10 @@ def _compute(opcode: str, values: list[Any]) -> Any:
     if kind == "scmp":
         a, b = map(_unsigned, values) if "u32" in parts else values
         return _COMPARE[parts[1]](a, b)
+    if kind in ("smin", "smax", "smulhi", "sdivrem") and "u32" in parts:
+        values = list(map(_unsigned, values))  # the compiler takes |x| as min(x, -x) without signs
+    if kind == "sdivrem":
+        return divmod(*values) if "u32" in parts and values[1] else None
     if kind in _ARITHMETIC:
         return _signed(_ARITHMETIC[kind](*values))
     return None

@@ -83,6 +83,17 @@ def triangular(grid, outer):
     return function, (array,)
 
 
+def divided(grid, divisor):
+    """Step i of the grid runs the loop i % divisor + 2 (i // divisor) times."""
+
+    def kernel(x, out):
+        trips = jax.lax.rem(pl.program_id(0), divisor) + 2 * jax.lax.div(pl.program_id(0), divisor)
+        out[...] = jax.lax.fori_loop(0, trips, lambda i, c: jnp.exp(c) * 0.5 + x[...], x[...])
+
+    function, array = _rows(kernel, grid, 8)
+    return function, (array,)
+
+
 def dynamic(grid):
     """The number of trips is an argument."""
 
@@ -132,15 +143,19 @@ def too_large():
     return pl.pallas_call(kernel, out_shape=array, scratch_shapes=scratch), (array,)
 
 
-def splash(time, heads, width, window, block_q, block_kv, block_kv_compute):
-    """JAX's own attention kernel, forward; `window` None is causal."""
+def splash(time, heads, width, window, backward=False, **sizes):
+    """JAX's own attention kernel, forward or the gradient (forward, dq and dkv); `window` None is causal."""
     shape = (time, time)
     mask = splash_attention_mask.CausalMask(shape)
     if window is not None:
         mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), 0)
-    sizes = splash_attention_kernel.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv_compute)
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(**sizes),
+        head_shards=1,
+        q_seq_shards=1,
     )
     array = jax.ShapeDtypeStruct((heads, time, width), jnp.bfloat16)
-    return (lambda q, k, v: kernel(q, k, v)), (array,) * 3
+    if not backward:
+        return (lambda q, k, v: kernel(q, k, v)), (array,) * 3
+    return (lambda q, k, v, dy: jax.vjp(lambda *a: kernel(*a), q, k, v)[1](dy)), (array,) * 4

@@ -25,6 +25,7 @@ KERNELS = {
     "loop": {"grid": 5, "trips": 100},
     "nested": {"grid": 6, "outer": 13, "inner": 7},
     "triangular": {"grid": 3, "outer": 8},
+    "divided": {"grid": 20, "divisor": 7},
     "dynamic": {"grid": 5},
     "copies": {"grid": 3, "steps": 4},
     "too_large": {},
@@ -87,6 +88,8 @@ def test_loops(v5e):
     assert _loops(_pallas(v5e["loop"])) == [(5, 500), (1, 5 + 2)]
     assert _loops(_pallas(v5e["nested"])) == [(6 * 13, 6 * 13 * 7), (6, 6 * 13), (1, 6 + 2)]
     assert _loops(_pallas(v5e["triangular"])) == [(3 * 8, 3 * 36), (3, 3 * 8), (1, 3 + 2)]
+    # 7 is no power of two: its quotient and remainder come from the divider, by the absolute value.
+    assert _loops(_pallas(v5e["divided"]))[0][1] == sum(i % 7 + 2 * (i // 7) for i in range(20))
     # Nothing else changes with the trips.
     longer, loop = _pallas(v5e["loop_again"]), _pallas(v5e["loop"])
     assert longer["cycles"] - loop["cycles"] == 5 * 157 * _bundles(loop["loops"][0])
@@ -115,18 +118,26 @@ def test_failure_is_reported(v5e):
     assert "vmem" in v5e["too_large"]["error"].lower()
 
 
-@pytest.mark.parametrize(("name", "expected", "steps"), [("window", 1.17e6, 8 * 8 * 3), ("causal", 2.72e6, 8 * 8 * 4)])
-def test_splash_attention(v5e, name, expected, steps):
+@pytest.mark.parametrize(
+    ("name", "expected", "steps", "full"),
+    [("window", 1.17e6, 8 * 8 * 3, 8 * 21), ("causal", 2.72e6, 8 * 8 * 4, 8 * 20)],
+)
+def test_splash_attention(v5e, name, expected, steps, full):
     """Bundles times trips, every region counted, as reckoned by hand from the same dumps; less when followed.
 
     Zeroing and writing out run at the ends of a row of blocks alone, so following the branches saves cycles. Which
-    blocks are skipped depends on a table in memory: that region counts as run at every step of the grid.
+    blocks are skipped depends on a table in memory: that region counts as run at every step of the grid. The mask has
+    `full` blocks with a visible score, so the kernel's own cycles lie between those with and without the region.
     """
     kernel = _pallas(v5e[f"splash_{name}"])
     assert _loops(kernel) == [(1, steps + 2)]
     assert kernel["cycles_every_region"] == pytest.approx(expected, rel=0.005)
     assert 0.8 * expected < kernel["cycles"] < 0.95 * expected
     assert list(kernel["assumed_regions"].values()) == [steps]
+    region = kernel["cycles"] - kernel["cycles_assumed_skipped"]
+    assert region > 0.7 * kernel["cycles"]
+    cycles = kernel["cycles_assumed_skipped"] + region * full / steps
+    assert cycles == pytest.approx({"window": 8.942e5, "causal": 1.5953e6}[name], rel=0.01)
     assert kernel["assumed_copies"] > 0
     pairs = steps * 1024 * (1024 if name == "window" else 2048)
     assert kernel["mxu_cycles"] == 4 * 128 * pairs / V5E.mxu_flops
