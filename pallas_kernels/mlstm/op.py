@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
 from pallas_kernels.mlstm import mosaic_tpu, mosaic_tpu_backward, reference, xla
 from pallas_kernels.mlstm.gates import MAX_CHUNK
@@ -20,6 +20,13 @@ BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
 FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports_forward}
 BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports}
 NAMES = ("reference", *FORWARD)
+
+# How a mesh divides the op (see `partition.run`).
+AXES = {"B": "batch", "H": "heads"}
+STATE = ("B H K V", "B H K", "B H")
+ARGUMENTS = ("B T H K", "B T H K", "B T H V", "B T H", "B T H", *STATE, "B T", "B T")
+RESULTS = ("B T H V", *STATE)
+BOUNDARIES = ("B N H K V", "B N H K")
 
 
 class State(NamedTuple):
@@ -140,24 +147,35 @@ def _check_number(name: str, value, default: float | None = None) -> float:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _mlstm(scale, eps, chunk_size, implementation, *arrays):
-    return _run_forward(scale, eps, chunk_size, implementation, arrays, save=False)[:-1]
+    return _run_forward(scale, eps, chunk_size, implementation, arrays, save=False)[:4]
 
 
 def _run_forward(scale, eps, chunk_size, implementation, arrays, *, save: bool):
     static = {"scale": scale, "eps": eps, "chunk_size": chunk_size, "save": save}
-    return dispatch.run("mlstm", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
+
+    def call(*arrays):
+        *out, boundaries = dispatch.run("mlstm", FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
+        return (*out, *(boundaries or (None, None)))
+
+    return partition.run("mlstm", call, arrays, ARGUMENTS, (*RESULTS, *BOUNDARIES), AXES)
 
 
 def _forward(scale, eps, chunk_size, implementation, *arrays):
-    *out, boundaries = _run_forward(scale, eps, chunk_size, implementation, arrays, save=True)
-    return tuple(out), (arrays, boundaries, out[0])
+    out = _run_forward(scale, eps, chunk_size, implementation, arrays, save=True)
+    return tuple(out[:4]), (arrays, out[4:], out[0])
 
 
 def _backward(scale, eps, chunk_size, implementation, residuals, cotangents):
     arrays, boundaries, y = residuals
     static = {"scale": scale, "eps": eps, "chunk_size": chunk_size}
-    operands = (*arrays, boundaries, y, *cotangents)
-    gradients = dispatch.run("mlstm", BACKWARD, implementation, *operands, supports=BACKWARD_SUPPORTS, **static)
+
+    def call(*operands):
+        count = len(ARGUMENTS)
+        operands = (*operands[:count], tuple(operands[count : count + 2]), *operands[count + 2 :])
+        return dispatch.run("mlstm", BACKWARD, implementation, *operands, supports=BACKWARD_SUPPORTS, **static)
+
+    operands, dims = (*arrays, *boundaries, y, *cotangents), (*ARGUMENTS, *BOUNDARIES, RESULTS[0], *RESULTS)
+    gradients = partition.run("mlstm", call, operands, dims, ARGUMENTS[:8], AXES)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

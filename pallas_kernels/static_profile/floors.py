@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.static_profile import programs
 from pallas_kernels.static_profile.chips import Chip
@@ -99,6 +100,8 @@ def rms_norm_quantize(shape: Any, chip: Chip, backward: bool = False) -> Floor:
         raise ValueError("rms_norm_quantize has no backward pass of its own")
     elements = shape.rows * shape.width
     return _bounds(chip, vpu=6 * elements, hbm=_traffic(shape, backward, ()) + elements + 4 * shape.rows)
+
+
 def taylor_linear_attention(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     """Per token and head, F = K (K + 1) / 2 + K + 1 features of k times V + 1 numbers are added to the state.
 
@@ -116,6 +119,8 @@ def taylor_linear_attention(shape: Any, chip: Chip, backward: bool = False) -> F
         flops = by_state + min(by_state, 2 * pairs * (shape.key + shape.value + 1))
     operations = (4 if backward else 2) * products
     return _bounds(chip, mxu=flops * tokens, vpu=operations * tokens, hbm=_traffic(shape, backward, ("v",)))
+
+
 def mlstm(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     """Per token and head the products with the state: k v^T and C^T q, K V multiplications and sums each.
 
@@ -128,6 +133,8 @@ def mlstm(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     state = 4 * shape.batch * shape.heads * (shape.key * (shape.value + 1) + 1)  # the new one, or its cotangent
     hbm = _traffic(shape, backward, ("v",)) + state
     return _bounds(chip, mxu=2 * products * states, hbm=hbm)
+
+
 def gated_linear_attention(shape: Any, chip: Chip, backward: bool = False) -> Floor:
     """Chunks of C tokens, for the C whose busiest unit is least busy; C = 1 is the recurrence itself.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
 from pallas_kernels.taylor_linear_attention import features, mosaic_tpu, mosaic_tpu_backward, reference, xla
 
@@ -19,6 +19,12 @@ BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
 FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports_forward}
 BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu_backward.supports_backward}
 NAMES = ("reference", *FORWARD)
+
+# How a mesh divides the op (see `partition.run`).
+AXES = {"B": "batch", "H": "heads"}
+ARGUMENTS = ("B T H K", "B T H K", "B T H V", "B H F V+1", "B T", "B T")
+RESULTS = ("B T H V", "B H F V+1")
+RESIDUALS = ("B C H F V+1", "B H T")
 
 
 def taylor_linear_attention(
@@ -117,7 +123,12 @@ def _check(q, k, v, state, reset, valid) -> None:
 def _run_forward(scale, eps, chunk_size, implementation, arrays, *, save: bool):
     static = {"scale": scale, "eps": eps, "chunk_size": chunk_size, "save": save}
     op = "taylor_linear_attention"
-    return dispatch.run(op, FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
+
+    def call(*arrays):
+        *out, residuals = dispatch.run(op, FORWARD, implementation, *arrays, supports=FORWARD_SUPPORTS, **static)
+        return (*out, *(residuals or (None, None)))
+
+    return partition.run(op, call, arrays, ARGUMENTS, (*RESULTS, *RESIDUALS), AXES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -126,15 +137,20 @@ def _taylor_linear_attention(scale, eps, chunk_size, implementation, *arrays):
 
 
 def _forward(scale, eps, chunk_size, implementation, *arrays):
-    y, new_state, residuals = _run_forward(scale, eps, chunk_size, implementation, arrays, save=True)
+    y, new_state, *residuals = _run_forward(scale, eps, chunk_size, implementation, arrays, save=True)
     return (y, new_state), (arrays, y, residuals)
 
 
 def _backward(scale, eps, chunk_size, implementation, residuals, cotangents):
     arrays, y, saved = residuals
-    op, operands = "taylor_linear_attention", (*arrays, y, saved, *cotangents)
-    static = {"scale": scale, "chunk_size": chunk_size}
-    gradients = dispatch.run(op, BACKWARD, implementation, *operands, supports=BACKWARD_SUPPORTS, **static)
+    op, static, count = "taylor_linear_attention", {"scale": scale, "chunk_size": chunk_size}, len(ARGUMENTS) + 1
+
+    def call(*operands):
+        operands = (*operands[:count], tuple(operands[count : count + 2]), *operands[count + 2 :])
+        return dispatch.run(op, BACKWARD, implementation, *operands, supports=BACKWARD_SUPPORTS, **static)
+
+    operands, dims = (*arrays, y, *saved, *cotangents), (*ARGUMENTS, RESULTS[0], *RESIDUALS, *RESULTS)
+    gradients = partition.run(op, call, operands, dims, ARGUMENTS[:4], AXES)
     return (*gradients, None, None)  # reset and valid are not differentiable
 
 

@@ -11,8 +11,10 @@ from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 from pallas_kernels.interpret import interpret
 from pallas_kernels.linear_scan import linear_scan
+from pallas_kernels.mlstm import State, mlstm
 from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.softmax_topk import softmax_topk
+from pallas_kernels.taylor_linear_attention import taylor_linear_attention
 from tests.trees import FLOAT32_TOLERANCE, GRADIENT_TOLERANCE, assert_trees_close
 from zoo.core.compat import make_mesh
 
@@ -49,6 +51,13 @@ def cases():
     def gla(q, k, v, decay, state):
         return gated_linear_attention(q, k, v, -jax.nn.softplus(decay), state, **masks())
 
+    def cell(q, k, v, i, f, C, n, m):
+        return mlstm(q, k, v, i, f, State(C, n, m), **masks())
+
+    def taylor(q, k, v, state):
+        state = state.at[..., -1].set(jnp.abs(state[..., -1]))  # a sum of positive features
+        return taylor_linear_attention(jnp.abs(q), jnp.abs(k), v, state, **masks())
+
     def flash(q, k, v):
         y, lse = attention(q, k, v, q_documents=documents, kv_documents=documents, window=7, return_lse=True)
         return y, jnp.where(documents[:, :, None] < 0, 0.0, lse)  # -inf at padding
@@ -59,6 +68,7 @@ def cases():
     x, state = draw(B, T, 8), draw(B, 8, 4)
     selective_arrays = (x, draw(B, T, 8, seed=1), draw(8, 4), draw(B, T, 4), draw(B, T, 4, seed=1), draw(8), 2 * x)
     heads = draw(B, T, 8, 5)
+    gates, cell_state = (draw(B, T, 8), draw(B, T, 8, seed=1)), (draw(B, 8, 4, 5), draw(B, 8, 4), draw(B, 8))
     return {
         "causal_conv1d": (conv, (x, draw(4, 8), draw(8), draw(B, 3, 8))),
         "linear_scan": (scan, (x, 2 * x, draw(B, 8))),
@@ -66,6 +76,8 @@ def cases():
         "retention": (gla, (draw(B, T, 2, 4), draw(B, T, 2, 4, seed=1), heads, draw(8), draw(B, 8, 4, 5))),
         "one_group": (gla, (draw(B, T, 1, 4), draw(B, T, 1, 4, seed=1), heads, draw(B, T, 8), draw(B, 8, 4, 5))),
         "channels": (gla, (draw(B, T, 2, 4), draw(B, T, 2, 4, seed=1), heads, draw(B, T, 2, 4), draw(B, 8, 4, 5))),
+        "mlstm": (cell, (*[draw(B, T, 8, 4, seed=n) for n in range(2)], heads, *gates, *cell_state)),
+        "taylor": (taylor, (draw(B, T, 8, 2), draw(B, T, 8, 2, seed=1), heads, draw(B, 8, 6, 6))),
         "attention": (flash, (draw(B, T, 8, 4), draw(B, T, 2, 4), draw(B, T, 2, 5))),
         "softmax_topk": (topk, (draw(8, 50),)),
     }
