@@ -21,7 +21,7 @@ NAMES = ("reference", *FORWARD)
 AXES = {"B": "batch", "H": "heads", "G": "heads"}
 DECAYS = {1: "H", 3: "B T H", 4: "B T G K"}
 RESULTS = ("B T H V", "B H K V")
-BOUNDARIES = "B C H K V"
+BOUNDARIES = "B C G K RV"  # R = H / G heads side by side
 
 
 def gated_linear_attention(
