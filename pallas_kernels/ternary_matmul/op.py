@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import FLOATS, check_array
-from pallas_kernels.ternary_matmul import mosaic_tpu, packing, reference, xla
+from pallas_kernels.ternary_matmul import mosaic_gpu, mosaic_tpu, packing, reference, xla
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
-FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
 NAMES = ("reference", *FORWARD)
 MAX_K = (2**31 - 1) // 128  # |x| <= 128
 
