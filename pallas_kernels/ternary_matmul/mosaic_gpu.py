@@ -15,6 +15,7 @@ them in one pass, which costs 8 bytes per result and split beside the result its
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -170,6 +171,13 @@ def _kernel(blocks: Blocks, steps: int, x_ref, w_ref, out_ref, x_smem, w_smem, f
         out_ref.at[split, block, outputs * CONSUMERS + index][...] = jax.lax.fori_loop(0, count, add, zeros)
 
 
+def _words_ref(slots: int, width: int) -> Any:
+    """Shared memory for the weights of steps, cut so that outputs of so many bytes are whole tiles."""
+    swizzle = math.gcd(width, WIDTH)
+    transforms = plgpu.TilingTransform((8, swizzle // 4)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM((slots, BLOCK_OUTPUTS, STEP_WORDS), jnp.int32, transforms=() if interpreted() else transforms)
+
+
 def _permute(x: jax.Array) -> jax.Array:
     """int8 [M, K] -> [M, steps * 512], the inputs of every step in the order in which `_unpack` gives their weights."""
     extra = -x.shape[1] % STEP
@@ -198,7 +206,7 @@ def forward(x, w, x_scale, w_scale, *, layout: str, dtype: str):
         out_type=jax.ShapeDtypeStruct((blocks.splits, blocks.count, tiles, OUTPUTS, blocks.rows), jnp.int32),
         scratch_types=[
             matrix_ref((blocks.slots, blocks.rows, STEP), jnp.int8),
-            matrix_ref((blocks.slots, BLOCK_OUTPUTS, STEP_WORDS), jnp.int32),
+            _words_ref(blocks.slots, w.shape[1]),
             plgpu.Barrier(num_arrivals=2, num_barriers=blocks.slots),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=blocks.slots),
         ],
