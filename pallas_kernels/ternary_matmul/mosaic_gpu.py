@@ -4,8 +4,8 @@ Never run on a GPU: interpreted, lowered and compiled for sm_90a only.
 
 Weights are the left factor, from registers: a thread's bytes of a tile of 64 outputs x 128 bytes become, by shifts and
 masks alone, four tiles of 64 x 128 codes w + 1, laid out as `wgmma` takes them. Of the layouts, `i2_s` is the one for
-this: the bytes of an output lie together, and which inputs a tile of codes belongs to is a permutation of x alone, which
-XLA does in advance. The sums of (w + 1) x are sums of w x once sum x is taken off; int32 wraps around, so that every
+this: the bytes of an output lie together, and which inputs a tile of codes belongs to is a permutation of x, which XLA
+does in advance. The sums of (w + 1) x are sums of w x once sum x is taken off; int32 wraps around, so that every
 sum that fits int32 at the end is exact.
 
 A block of threads holds 128 outputs, 64 per consumer warpgroup, times up to 128 rows of x; another warpgroup copies
@@ -33,9 +33,7 @@ from pallas_kernels.wgmma import MATRIX, SMEM_BYTES, Stream, interpreted, lay_ou
 LAYOUT = "i2_s"
 BYTES = plgpu.Layout.WGMMA_8BIT
 # The same registers as words of four bytes.
-WORDS = plgpu.Layout.TILED(
-    Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
-)
+WORDS = plgpu.Layout.TILED(Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
 CONSUMERS = 2  # warpgroups that compute
 OUTPUTS = 64  # of a warpgroup: the rows of one matrix product
 BLOCK_OUTPUTS = CONSUMERS * OUTPUTS
@@ -99,7 +97,7 @@ def supports(x, w, x_scale, w_scale, *, layout: str, dtype: str) -> None:
 
 
 def _unpack(packed: jax.Array) -> list[jax.Array]:
-    """int32 [outputs, words] -> int8 [outputs, bytes]: the codes w + 1 of every byte, those of the first inputs first."""
+    """int32 [outputs, words] -> four of int8 [outputs, bytes]: the codes w + 1, those of the first inputs first."""
     packed &= ~((packed & _LOW_BITS) << 1)  # the fourth code, 0b11, becomes that of 0, 0b01
     return [_bytes(jax.lax.shift_right_logical(packed, jnp.int32(shift)) & _CODES) for shift in (6, 4, 2, 0)]
 
@@ -118,7 +116,8 @@ def _bytes(words: jax.Array) -> jax.Array:
             registers[place] = mgpu.utils.bitcast(register, four)
         return mgpu.FragmentedArray(_registers=registers, _layout=BYTES.to_mgpu(), _is_signed=True)
 
-    return reinterpret(words)
+    call: Any = reinterpret  # without its context
+    return call(words)
 
 
 def _multiply(codes: list[jax.Array], x: Any, slot: Any, onto: jax.Array) -> jax.Array:

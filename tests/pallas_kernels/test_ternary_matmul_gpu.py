@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,9 +152,10 @@ def tile(x, tiling):
 
 
 def test_words_lie_in_the_registers_of_their_bytes():
-    of_bytes, of_words = mosaic_gpu.BYTES.to_mgpu(), mosaic_gpu.WORDS.to_mgpu()
-    index = np.arange(64 * 128).reshape(64, 128)
-    tiled_bytes, tiled_words = tile(index, of_bytes.tiling), tile(index[:, :32] // 128 * 32 + index[:, :32] % 128, of_words.tiling)
+    of_bytes: Any = mosaic_gpu.BYTES.to_mgpu()
+    of_words: Any = mosaic_gpu.WORDS.to_mgpu()
+    tiled_bytes = tile(np.arange(64 * 128).reshape(64, 128), of_bytes.tiling)
+    tiled_words = tile(np.arange(64 * 32).reshape(64, 32), of_words.tiling)
     assert tiled_bytes.shape[:-1] == tiled_words.shape[:-1]
     np.testing.assert_array_equal(tiled_bytes, 4 * tiled_words + np.arange(4))
     for name in ("warp_dims", "lane_dims", "vector_dim"):
@@ -190,7 +192,7 @@ def test_lowers_where_rows_of_weights_end_in_a_part_of_a_step(inputs):
 def test_weights_that_are_brought_to_the_layout():
     w = np.random.default_rng(0).integers(-1, 2, (128, 512)).astype(np.int8)
     x = np.random.default_rng(1).integers(-128, 128, (2, 512)).astype(np.int8)
-    packed = repack(pack(w, "w2a8"), "w2a8", LAYOUT)
+    packed = repack(pack(jnp.asarray(w), "w2a8"), "w2a8", LAYOUT)
     np.testing.assert_array_equal(simulated({"x": x, "w": packed}), x.astype(np.int64) @ w.astype(np.int64).T)
 
 
