@@ -34,7 +34,7 @@ def refusals(op: str, shape, implementation: str) -> dict[str, str]:
     """Direction -> why an implementation does not serve a call; nothing is run or compiled."""
     function = getattr(importlib.import_module(f"pallas_kernels.{op}.op"), op)
     arrays = shape.arrays()
-    floating = {name: a for name, a in arrays.items() if a is not None and jnp.issubdtype(a.dtype, jnp.floating)}
+    floating = {name: a for name, a in arrays.items() if programs.is_floating(a)}
     others = {name: a for name, a in arrays.items() if name not in floating}
 
     def forward(floating, others):
@@ -79,8 +79,8 @@ def cost_table() -> str:
     for name, row in golden["kernels"].items():
         passes.setdefault(tuple(name.split("/")[:3]), []).append(row)
     lines = [
-        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio | whole program | XLA's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (op, shape, direction), rows in passes.items():
         cycles = [row["cycles"] for row in rows]
@@ -93,7 +93,9 @@ def cost_table() -> str:
             unit = max(floor, key=lambda unit: floor[unit])
             bound = f"{floor[unit]:,.0f}", unit
             ratio = f"{max(least, chip.hbm_cycles(size)) / floor[unit]:.2f}"
-        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio)
+        estimates = golden["estimates"]["/".join((op, shape, direction))]
+        whole = [f"{estimates[name]:,.0f}" if estimates[name] else "unknown" for name in ("mosaic_tpu", "xla")]
+        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio, *whole)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

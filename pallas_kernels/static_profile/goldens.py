@@ -8,6 +8,7 @@ from pallas_kernels.static_profile import profile, programs
 
 CHIP = "v5e"
 IMPLEMENTATION = "mosaic_tpu"
+PEER = "xla"  # what the compiler makes of the same op
 MARGIN = 0.05
 METRICS = ("cycles", "cycles_at_least", "cycles_every_region", "bytes")
 
@@ -21,27 +22,36 @@ def covered() -> list[str]:
     ]
 
 
-def measure(ops: Iterable[str]) -> list[dict[str, Any]]:
-    """Profiles the TPU kernels of ops at the shapes they profile by default."""
-    return [report for op in ops for report in profile.profile_op(op, programs.entries(op), CHIP, [IMPLEMENTATION])]
+def measure(ops: Iterable[str], implementations: Iterable[str] = (IMPLEMENTATION,)) -> list[dict[str, Any]]:
+    """Profiles ops at the shapes they profile by default."""
+    names = list(implementations)
+    return [report for op in ops for report in profile.profile_op(op, programs.entries(op), CHIP, names)]
 
 
 def table(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The table to commit: per kernel its metrics, with the compiler's version.
+    """The table to commit: per kernel its metrics, per program the estimated cycles, with the compiler's version.
 
     Raises:
       RuntimeError: a program did not compile.
     """
-    rows = {}
+    rows: dict[str, Any] = {}
+    estimates: dict[str, Any] = {}
     for report in reports:
         name = "/".join(report[key] for key in ("op", "shape", "direction"))
         if "error" in report:
             raise RuntimeError(f"{name} did not compile: {report['error']}")
+        if "kernels" in report:
+            estimates.setdefault(name, {})[report["implementation"]] = report["estimate"]
         for kernel in report.get("kernels", ()):
             if kernel["pallas"]:
                 size = kernel["bytes_read"] + kernel["bytes_written"]
                 rows[f"{name}/{kernel['name']}"] = {m: size if m == "bytes" else kernel[m] for m in METRICS}
-    return {"chip": CHIP, "libtpu": importlib.metadata.version("libtpu"), "kernels": dict(sorted(rows.items()))}
+    return {
+        "chip": CHIP,
+        "libtpu": importlib.metadata.version("libtpu"),
+        "kernels": dict(sorted(rows.items())),
+        "estimates": dict(sorted(estimates.items())),
+    }
 
 
 def worse(golden: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
