@@ -45,7 +45,9 @@ def refusals(op: str, shape, implementation: str) -> dict[str, str]:
         return pullback(jax.tree.map(jnp.zeros_like, results))
 
     found = {}
-    for direction, call in (("forward", forward), ("gradient", backward)):
+    # The gradients of an op without a table of backward passes are its own jnp, the same for all implementations.
+    calls = {"forward": forward, "gradient": backward} if programs.implementations(op, "backward") else {"": forward}
+    for direction, call in calls.items():
         try:
             jax.eval_shape(call, floating, others)
         except UnsupportedError as error:
@@ -66,7 +68,10 @@ def support_table() -> str:
                     continue
                 found = refusals(op, shape, name)
                 reasons = {reason: [d for d in found if found[d] == reason] for reason in found.values()}
-                cells.append("; ".join(f"no {' or '.join(d)}: {r}" for r, d in reasons.items()) or "yes")
+                cells.append(
+                    "; ".join(f"no {' or '.join(d)}: {r}" if any(d) else f"no: {r}" for r, d in reasons.items())
+                    or "yes"
+                )
             lines.append(f"| `{op}` | {case.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
