@@ -84,8 +84,8 @@ def cost_table() -> str:
     for name, row in golden["kernels"].items():
         passes.setdefault(tuple(name.split("/")[:3]), []).append(row)
     lines = [
-        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio | whole program | XLA's |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio | whole program |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (op, shape, direction), rows in passes.items():
         cycles = [row["cycles"] for row in rows]
@@ -98,9 +98,9 @@ def cost_table() -> str:
             unit = max(floor, key=lambda unit: floor[unit])
             bound = f"{floor[unit]:,.0f}", unit
             ratio = f"{max(least, chip.hbm_cycles(size)) / floor[unit]:.2f}"
-        estimates = golden["estimates"]["/".join((op, shape, direction))]
-        whole = [f"{estimates[name]:,.0f}" if estimates[name] else "unknown" for name in ("mosaic_tpu", "xla")]
-        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio, *whole)
+        estimate = golden["estimates"]["/".join((op, shape, direction))]
+        whole = "unknown" if estimate is None else f"{estimate:,.0f}"
+        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio, whole)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
