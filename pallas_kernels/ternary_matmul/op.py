@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import FLOATS, check_array
-from pallas_kernels.ternary_matmul import mosaic_tpu, packing, reference, xla
+from pallas_kernels.ternary_matmul import mosaic_gpu, mosaic_tpu, packing, reference, xla
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
-FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
 NAMES = ("reference", *FORWARD)
 MAX_K = (2**31 - 1) // 128  # |x| <= 128
 
@@ -40,10 +40,11 @@ def ternary_matmul(
         one layout to another. The fourth code of two bits counts as 0.
       x_scale: float32 [M], the step of each row of x (max|x| / 127), or None together with w_scale.
       w_scale: float32 [] or [N], the magnitude of the weights (mean |W|) per tensor or per output, or None.
-      layout: "hf", "i2_s", "w2a8" or "i2_s_columns" (see `packing`). "mosaic_tpu" reads "i2_s_columns" alone.
+      layout: "hf", "i2_s", "w2a8" or "i2_s_columns" (see `packing`). "mosaic_tpu" reads "i2_s_columns" alone,
+        "mosaic_gpu" "i2_s".
       dtype: of the result, float32 (what None takes), bfloat16 or float16 ("mosaic_tpu" does not write the last); must
         be None where there are no scales.
-      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu", "mosaic_gpu" or None for the platform's priority.
 
     Returns:
       y: [M, N] in `dtype`, or the int32 accumulators a where the scales are None.

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.static_profile import floors
 from pallas_kernels.static_profile.chips import CHIPS
 from pallas_kernels.ternary_matmul import LAYOUTS, pack, packing, repack, ternary_matmul, unpack
@@ -269,11 +268,6 @@ def test_bad_packing_raises():
         repack(packed, "i2_s", "i2_s_columns")
     with pytest.raises(ValueError, match="repack: layout 'w2a8' packs N in multiples of 16"):
         repack(pack(draw_weights(4, 128), "hf"), "hf", "w2a8")
-
-
-def test_unknown_implementations_raise():
-    with pytest.raises(UnsupportedError, match="has no 'mosaic_gpu'"):
-        ternary_matmul(**GOOD, implementation="mosaic_gpu")
 
 
 def test_published_shapes_are_consistent():
