@@ -69,11 +69,17 @@ class Layout(NamedTuple):
         """Saved states."""
         return -(-self.length // self.chunk_size)
 
-    def indices(self) -> tuple[Any, Any, Any, Any]:
-        """Batch, group, head and block of columns of a block of threads."""
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Shape of all states of a row: [G, K, R * V], the heads of a group side by side."""
+        return self.groups, self.key, self.heads // self.groups * self.value
+
+    def indices(self) -> tuple[Any, Any, Any, Any, Any]:
+        """Of a block of threads: batch, group, head, block of columns of all values, columns of the group's values."""
         b, unit = jax.lax.axis_index("batch"), jax.lax.axis_index("unit")
         head = jax.lax.div(unit, jnp.int32(self.parts))
-        return b, jax.lax.div(head, jnp.int32(self.heads // self.groups)), head, unit
+        group = jax.lax.div(head, jnp.int32(self.heads // self.groups))
+        return b, group, head, unit, pl.ds((unit - group * (self.units // self.groups)) * STEP, STEP)
 
     def tokens(self, x, valid) -> jax.Array:
         """[B, T, N, W] up to whole steps, zero at padding."""
@@ -88,16 +94,6 @@ class Layout(NamedTuple):
     def from_columns(self, x) -> jax.Array:
         """The inverse of `columns`."""
         return x[:, : self.length].reshape(x.shape[0], self.length, self.heads, self.value)
-
-    def states(self, s) -> jax.Array:
-        """[..., H, K, V] -> [..., units, K, 64], contiguous for every block of threads."""
-        s = jnp.swapaxes(s.reshape(*s.shape[:-1], self.parts, STEP), -3, -2)
-        return s.reshape(*s.shape[:-4], self.units, self.key, STEP)
-
-    def from_states(self, s) -> jax.Array:
-        """The inverse of `states`."""
-        s = jnp.swapaxes(s.reshape(*s.shape[:-3], self.heads, self.parts, self.key, STEP), -3, -2)
-        return s.reshape(*s.shape[:-2], self.value)
 
     def decays(self, log_decay, reset, valid) -> jax.Array:
         """float32 [B or 1, H, steps, 6, 64] from log decays [H], [B, T, H] or None.
@@ -209,7 +205,7 @@ def _forward_kernel(lay: Layout, scale: float, carried: bool, save: bool, shared
     q_ref, k_ref, v_ref, decays_ref, *refs = refs
     state_ref = refs.pop(0) if carried else None
     y_ref, new_state_ref, *boundary_ref = refs
-    b, g, h, unit = lay.indices()
+    b, g, h, unit, columns = lay.indices()
 
     def fetch(step, slot):
         rows = pl.ds(step * STEP, STEP)
@@ -224,7 +220,7 @@ def _forward_kernel(lay: Layout, scale: float, carried: bool, save: bool, shared
 
             @pl.when(jax.lax.rem(step, jnp.int32(lay.saves)) == 0)
             def _():
-                boundary_ref[0].at[b, jax.lax.div(step, jnp.int32(lay.saves)), unit][...] = s
+                boundary_ref[0].at[b, jax.lax.div(step, jnp.int32(lay.saves)), g, :, columns][...] = s
 
         q, k, v, decays = (ref.at[slot] for ref in (q_smem, k_smem, v_smem, decays_smem))
         s_smem[...] = s.astype(s_smem.dtype)
@@ -244,9 +240,9 @@ def _forward_kernel(lay: Layout, scale: float, carried: bool, save: bool, shared
         plgpu.copy_smem_to_gmem(v_smem.at[slot], y_ref.at[b, pl.ds(step * STEP, STEP), unit], commit_group=False)
 
     fill_ones(ones)
-    start = full((lay.key, STEP), 0.0, MATRIX) if state_ref is None else load_state(state_ref.at[b, unit])
+    start = full((lay.key, STEP), 0.0, MATRIX) if state_ref is None else load_state(state_ref.at[b, g, :, columns])
     s = walk(lay.steps, SLOTS, barrier, fetch, body, store, start, in_place=True)
-    new_state_ref.at[b, unit][...] = s
+    new_state_ref.at[b, g, :, columns][...] = s
 
 
 def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size: int, save: bool):
@@ -257,14 +253,13 @@ def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size
     decays = lay.decays(log_decay, reset, valid)
     arrays = [lay.tokens(q, valid), lay.tokens(k, valid), lay.columns(v, valid), decays]
     if state is not None:
-        arrays.append(lay.states(state))
+        arrays.append(xla.flat(state, lay.groups))
     out_type = [
         jax.ShapeDtypeStruct(arrays[2].shape, v.dtype),
-        jax.ShapeDtypeStruct((batch, lay.units, lay.key, STEP), jnp.float32),
+        jax.ShapeDtypeStruct((batch, *lay.state), jnp.float32),
     ]
     if save:
-        shape = (batch, lay.boundaries, *out_type[1].shape[1:])
-        out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        out_type.append(jax.ShapeDtypeStruct((batch, lay.boundaries, *lay.state), jnp.float32))
     scratch = [
         matrix_ref((SLOTS, STEP, lay.key), q.dtype),
         matrix_ref((SLOTS, STEP, lay.key), k.dtype),
@@ -279,11 +274,4 @@ def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size
     y = lay.from_columns(y)
     if valid is not None:  # a state that is not finite must not show at padding
         y = jnp.where(valid[..., None, None], y, 0)
-    boundaries = _flat(lay.from_states(saved[0]), lay.groups) if save else None
-    return y, lay.from_states(new_state), boundaries
-
-
-def _flat(states, groups: int) -> jax.Array:
-    """[B, N, H, K, V] -> [B, N, G, K, R * V]."""
-    flat = xla.flat(states.reshape(-1, *states.shape[2:]), groups)
-    return flat.reshape(*states.shape[:2], *flat.shape[1:])
+    return y, xla.unflat(new_state, lay.heads // lay.groups), saved[0] if save else None

@@ -51,12 +51,17 @@ def slots(key: int) -> int:
     return 2 if key <= 128 else 1
 
 
+def wide(ref) -> jax.Array:
+    """float32 matrix of 16-bit shared memory, as the accumulator of a product."""
+    return load(ref, MATRIX).astype(jnp.float32)
+
+
 def _kernel(lay: Layout, scale: float, shared: bool, *refs):
     q_ref, k_ref, v_ref, dy_ref, decays_ref, states_ref, dstate_ref, *refs = refs
     dq_ref, dk_ref, dv_ref, flows_ref, dbefore_ref, *refs = refs
     q_smem, k_smem, v_smem, dy_smem, decays_smem, s_smem, dv_smem, *refs = refs
     ds_smem, seen_smem, scores_smem, dscores_smem, ones, barrier = refs
-    b, g, h, unit = lay.indices()
+    b, g, h, unit, columns = lay.indices()
     blocks = [slice(start, start + STEP) for start in range(0, lay.key, STEP)]
 
     def fetch(index, slot):
@@ -68,7 +73,7 @@ def _kernel(lay: Layout, scale: float, shared: bool, *refs):
             (v_ref.at[b, rows, unit], v_smem),
             (dy_ref.at[b, rows, unit], dy_smem),
             (decays_ref.at[0 if shared else b, h, step], decays_smem),
-            (states_ref.at[b, step, unit], s_smem),
+            (states_ref.at[b, step, g, :, columns], s_smem),
         ):
             plgpu.copy_gmem_to_smem(source, destination.at[slot], arrived)
 
@@ -76,55 +81,56 @@ def _kernel(lay: Layout, scale: float, shared: bool, *refs):
         step = lay.steps - 1 - index
         rows = pl.ds(step * STEP, STEP)
         q, k, v, dy, decays, s = (r.at[slot] for r in (q_smem, k_smem, v_smem, dy_smem, decays_smem, s_smem))
+        dv = added = dv_smem.at[slot]  # what enters the state has the place of dv until all is known
         dtype, shape = q_ref.dtype, (STEP, STEP)
-        until, after, whole = load(decays.at[UNTIL], ROWS), load(decays.at[AFTER], ROWS), load(decays.at[WHOLE], COLUMNS)
-        for rows_of, ds in zip(blocks, carry, strict=True):
-            ds_smem.at[rows_of][...] = ds.astype(dtype)
+        until, after, whole = (
+            load(decays.at[UNTIL], ROWS),
+            load(decays.at[AFTER], ROWS),
+            load(decays.at[WHOLE], COLUMNS),
+        )
+        for at, ds in zip(blocks, carry, strict=True):
+            ds_smem.at[at][...] = ds.astype(dtype)
         weight = weights(decays, ones) * scale
         scores_smem[...] = (multiply(q, k, transpose=True) * weight).astype(dtype)
-        dscores = (multiply(dy, v, transpose=True) * weight).astype(dtype)
-        dscores_smem[...] = dscores
-        seen = (load(dy, MATRIX).astype(jnp.float32) * across(until * scale, shape, 0)).astype(dtype)
-        seen_smem[...] = seen
-        added = (load(v, MATRIX).astype(jnp.float32) * across(after, shape, 0)).astype(dtype)
+        dscores_smem[...] = (multiply(dy, v, transpose=True) * weight).astype(dtype)
+        seen_smem[...] = (wide(dy) * across(until * scale, shape, 0)).astype(dtype)
+        added[...] = (wide(v) * across(after, shape, 0)).astype(dtype)
         plgpu.commit_smem()
-        visible = jnp.where(until == 0.0, 0.0, 1.0)
         arriving, leaving, departing, passing = [full((STEP,), 0.0, ROWS) for _ in range(4)]
-        after_step = []
+        before_step = []
         for at, ds in zip(blocks, carry, strict=True):
-            q_at, k_at = q.at[:, at], k.at[:, at]
-            q_here, k_here, s_here = (load(x, MATRIX).astype(jnp.float32) for x in (q_at, k_at, s.at[at]))
-            dq = decayed(visible, multiply(seen, s.at[at], transpose=True), 0)
-            dq = multiply(dscores, k_at, dq)
-            arriving += jnp.sum(q_here * dq, axis=1)
+            q_at, k_at, s_at = q.at[:, at], k.at[:, at], s.at[at]
+            dq = multiply(seen_smem, s_at, transpose=True)
+            dq = jnp.where(across(until, shape, 0) == 0.0, 0.0, dq)
+            dq = multiply(dscores_smem, k_at, dq)
+            arriving += jnp.sum(wide(q_at) * dq, axis=1)
             dq_ref.at[b, unit, rows, at][...] = dq
             dk_in = multiply_transposed(dscores_smem, q_at)
-            leaving += jnp.sum(k_here * dk_in, axis=1)
+            leaving += jnp.sum(wide(k_at) * dk_in, axis=1)
             dk_out = multiply(added, ds_smem.at[at], transpose=True)
-            departing += jnp.sum(k_here * dk_out, axis=1)
+            departing += jnp.sum(wide(k_at) * dk_out, axis=1)
             dk_ref.at[b, unit, rows, at][...] = dk_in + dk_out
-            kept = across(whole, shape, 1) * ds
-            passing += jnp.sum(decayed(whole, s_here * ds, 1), axis=1)
-            after_step.append(multiply_transposed(q_at, seen_smem, kept))
-        dv = multiply(k, ds_smem) * across(after, shape, 0)
-        dv_smem.at[slot][...] = multiply_transposed(scores_smem, dy, dv).astype(dtype)
+            passing += jnp.sum(decayed(whole, wide(s_at) * ds, 1), axis=1)
+            before_step.append(multiply_transposed(q_at, seen_smem, ds * across(whole, shape, 1)))
+        total = multiply_transposed(scores_smem, dy, multiply(k, ds_smem) * across(after, shape, 0))
+        dv[...] = total.astype(dtype)
         for row, flow in enumerate((arriving, leaving, departing, passing)):
             flows_ref.at[b, unit, step, row][...] = flow
-        return tuple(after_step)
+        return tuple(before_step)
 
     def store(index, slot):
         rows = pl.ds((lay.steps - 1 - index) * STEP, STEP)
         plgpu.copy_smem_to_gmem(dv_smem.at[slot], dv_ref.at[b, rows, unit], commit_group=False)
 
     fill_ones(ones)
-    start = tuple(load_state(dstate_ref.at[b, unit, at]) for at in blocks)
+    start = tuple(load_state(dstate_ref.at[b, g, at, columns]) for at in blocks)
     ds = walk(lay.steps, slots(lay.key), barrier, fetch, body, store, start)
     for at, block in zip(blocks, ds, strict=True):
-        dbefore_ref.at[b, unit, at][...] = block
+        dbefore_ref.at[b, g, at, columns][...] = block
 
 
 def _states(lay: Layout, k, v, decays, boundaries) -> jax.Array:
-    """The states before every step, in the dtype of k, [B, steps, units, K, 64].
+    """The states before every step, in the dtype of k, [B, steps, G, K, R * V].
 
     Args:
       k: [B, time, G, K], zero at padding.
@@ -132,25 +138,26 @@ def _states(lay: Layout, k, v, decays, boundaries) -> jax.Array:
       decays: as of `Layout.decays`.
       boundaries: float32 [B, N, G, K, R * V].
     """
-    batch, count, saves = k.shape[0], lay.boundaries, lay.saves
-    saved = xla.unflat(boundaries.reshape(-1, *boundaries.shape[2:]), lay.heads // lay.groups)
-    states = [lay.states(saved.reshape(batch, count, *saved.shape[1:]))]
-    pads = [(0, count * saves - lay.steps)]
-    decays = jnp.repeat(decays, lay.parts, axis=1)  # by unit
-    decays = jnp.pad(decays, [(0, 0)] * 2 + pads + [(0, 0)] * 2)
-    decays = decays.reshape(*decays.shape[:2], count, saves, *decays.shape[3:])
-    k, v = (x.reshape(batch, lay.steps, STEP, *x.shape[2:]) for x in (k, v))
-    k, v = (jnp.pad(x, [(0, 0)] + pads + [(0, 0)] * 3).reshape(batch, count, saves, *x.shape[2:]) for x in (k, v))
+    batch, saves, states = k.shape[0], lay.saves, [boundaries]
+
+    def fold(x, *shape: int):
+        """[B, steps, ...] -> [B, N, saves, *shape]."""
+        x = jnp.pad(x, [(0, lay.boundaries * saves - lay.steps if axis == 1 else 0) for axis in range(x.ndim)])
+        return x.reshape(x.shape[0], lay.boundaries, saves, *shape)
+
+    decays = jnp.moveaxis(decays, 1, -1)  # [B or 1, steps, 6, 64, H]
+    after, whole = (fold(decays[:, :, row], STEP, lay.heads, 1) for row in (AFTER, WHOLE))
+    k, v = (x.reshape(batch, lay.steps, STEP, -1) for x in (k, v))
+    k, v = fold(k, STEP, lay.groups, lay.key), fold(v, STEP, lay.heads, lay.value)
     for step in range(saves - 1):
-        after, whole = (jnp.moveaxis(decays[:, :, :, step, row], 1, 2) for row in (AFTER, WHOLE))  # [B, N, units, 64]
-        added = (v[:, :, step] * jnp.swapaxes(after, 2, 3)[..., None]).astype(v.dtype)
-        added = added.reshape(*added.shape[:3], lay.groups, -1, STEP)
-        new = jnp.einsum("bntgk,bntguv->bngukv", k[:, :, step], added, preferred_element_type=jnp.float32)
-        whole = whole[..., None, :]
-        kept = jnp.where(whole == 0.0, 0.0, whole * states[-1])
-        states.append(kept + new.reshape(kept.shape))
+        added = (v[:, :, step] * after[:, :, step]).astype(v.dtype)
+        added = added.reshape(*added.shape[:3], lay.groups, -1)
+        new = jnp.einsum("bntgk,bntgv->bngkv", k[:, :, step], added, preferred_element_type=jnp.float32)
+        factor = jnp.repeat(whole[:, :, step, 0], lay.value, axis=-1)  # [B or 1, N, H, V]
+        factor = factor.reshape(*factor.shape[:2], lay.groups, 1, -1)
+        states.append(new + jnp.where(factor == 0.0, 0.0, factor * states[-1]))
     states = jnp.stack(states, axis=2).astype(k.dtype)
-    return states.reshape(batch, count * saves, *states.shape[3:])[:, : lay.steps]
+    return states.reshape(batch, -1, *lay.state)[:, : lay.steps]
 
 
 def _decay_gradient(lay: Layout, flows, log_decay, reset, valid) -> jax.Array:
@@ -188,7 +195,7 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
         *[jax.ShapeDtypeStruct((batch, lay.units, time, lay.key), jnp.float32)] * 2,
         jax.ShapeDtypeStruct(values.shape, v.dtype),
         jax.ShapeDtypeStruct((batch, lay.units, lay.steps, 4, STEP), jnp.float32),
-        jax.ShapeDtypeStruct((batch, lay.units, lay.key, STEP), jnp.float32),
+        jax.ShapeDtypeStruct((batch, *lay.state), jnp.float32),
     ]
     tile, rows = (count, STEP, STEP), (count, STEP, lay.key)
     scratch = [
@@ -200,9 +207,10 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
         plgpu.Barrier(num_arrivals=6, num_barriers=count),
     ]
     body = functools.partial(_kernel, lay, scale, decays.shape[0] == 1)
-    dq, dk, dv, flows, dbefore = kernel("backward", body, out_type, scratch, lay, batch)(*arrays, lay.states(dstate))
+    arrays = (*arrays, xla.flat(dstate, lay.groups))
+    dq, dk, dv, flows, dbefore = kernel("backward", body, out_type, scratch, lay, batch)(*arrays)
     dq, dk = (x.reshape(batch, lay.groups, -1, time, lay.key).sum(axis=2) for x in (dq, dk))
     dq, dk = (jnp.swapaxes(x, 1, 2)[:, : lay.length] for x in (dq, dk))
     dlog_decay = None if log_decay is None else _decay_gradient(lay, flows, log_decay, reset, valid)
-    dbefore = None if state is None else lay.from_states(dbefore)
+    dbefore = None if state is None else xla.unflat(dbefore, lay.heads // lay.groups)
     return dq.astype(q.dtype), dk.astype(k.dtype), lay.from_columns(dv), dlog_decay, dbefore
