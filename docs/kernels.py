@@ -34,7 +34,7 @@ def refusals(op: str, shape, implementation: str) -> dict[str, str]:
     """Direction -> why an implementation does not serve a call; nothing is run or compiled."""
     function = getattr(importlib.import_module(f"pallas_kernels.{op}.op"), op)
     arrays = shape.arrays()
-    floating = {name: a for name, a in arrays.items() if a is not None and jnp.issubdtype(a.dtype, jnp.floating)}
+    floating = {name: a for name, a in arrays.items() if programs.is_floating(a)}
     others = {name: a for name, a in arrays.items() if name not in floating}
 
     def forward(floating, others):
@@ -45,7 +45,9 @@ def refusals(op: str, shape, implementation: str) -> dict[str, str]:
         return pullback(jax.tree.map(jnp.zeros_like, results))
 
     found = {}
-    for direction, call in (("forward", forward), ("gradient", backward)):
+    # The gradients of an op without a table of backward passes are its own jnp, the same for all implementations.
+    calls = {"forward": forward, "gradient": backward} if programs.implementations(op, "backward") else {"": forward}
+    for direction, call in calls.items():
         try:
             jax.eval_shape(call, floating, others)
         except UnsupportedError as error:
@@ -66,7 +68,10 @@ def support_table() -> str:
                     continue
                 found = refusals(op, shape, name)
                 reasons = {reason: [d for d in found if found[d] == reason] for reason in found.values()}
-                cells.append("; ".join(f"no {' or '.join(d)}: {r}" for r, d in reasons.items()) or "yes")
+                cells.append(
+                    "; ".join(f"no {' or '.join(d)}: {r}" if any(d) else f"no: {r}" for r, d in reasons.items())
+                    or "yes"
+                )
             lines.append(f"| `{op}` | {case.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -79,8 +84,8 @@ def cost_table() -> str:
     for name, row in golden["kernels"].items():
         passes.setdefault(tuple(name.split("/")[:3]), []).append(row)
     lines = [
-        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio | whole program |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (op, shape, direction), rows in passes.items():
         cycles = [row["cycles"] for row in rows]
@@ -92,8 +97,11 @@ def cost_table() -> str:
             floor = floors.FLOORS[op](programs.entry(op, shape), chip, direction == "backward")
             unit = max(floor, key=lambda unit: floor[unit])
             bound = f"{floor[unit]:,.0f}", unit
-            ratio = f"{max(least, chip.hbm_cycles(size)) / floor[unit]:.2f}"
-        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio)
+            # Matrix units keep a kernel waiting where issued cycles are fewer than the floor.
+            ratio = f"{max(least, chip.hbm_cycles(size), floor[unit]) / floor[unit]:.2f}"
+        estimate = golden["estimates"]["/".join((op, shape, direction))]
+        whole = "unknown" if estimate is None else f"{estimate:,.0f}"
+        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio, whole)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -6,21 +6,24 @@ import pathlib
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 WIDTH, LINE, TOP = 900, 20, 78
-COLUMNS = {"HBM, read": (10, 240), "VMEM blocks": (300, 260), "HBM, written": (650, 240)}
+COLUMNS = ((10, 240), (300, 260), (650, 240))
+KERNEL = ("HBM, read", "work of a grid step (VMEM)", "HBM, written")
+LOOP = ("arguments", "work of a step of XLA's loop", "results")
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What a TPU kernel of an op holds where.
+    """What the forward TPU kernel of an op holds where.
 
     Attributes:
       grid: the grid's axes, outermost first; "->" marks one that is walked in order.
       read: blocks that stream in, one per grid step.
-      kept: scratch that lives across grid steps.
-      scalars: what lies in SMEM.
+      kept: what lives in VMEM across grid steps.
+      scalars: what lies in SMEM where there is something to mask.
       work: what a step computes.
       written: blocks that stream out.
-      bound: the unit that bounds the kernel, and why.
+      floor: the unit that bounds the floor of `pallas_kernels/static_profile/floors.py`, and by what.
+      pallas: whether it is a kernel; else a loop of XLA.
     """
 
     grid: tuple[str, ...]
@@ -29,103 +32,137 @@ class Picture:
     scalars: tuple[str, ...]
     work: tuple[str, ...]
     written: tuple[str, ...]
-    bound: str
+    floor: str
+    pallas: bool = True
 
 
 PICTURES = {
     "causal_conv1d": Picture(
         grid=("batch", "channel blocks", "time blocks ->"),
-        read=("x [rows, channels]", "weight [W, channels]", "bias [channels]"),
-        kept=("last tile of x: 8 tokens",),
-        scalars=("4 bytes per 8 tokens:", "reset and valid as bits"),
-        work=("tap k = tile rotated by W - 1 - k,", "joined with the tile before"),
+        read=("x [rows, channels]", "weight [W, channels]", "bias [1, channels]"),
+        kept=("the last 8 tokens of x,", "rotated by 1 .. W - 1"),
+        scalars=("2 words of bits per 8 tokens:", "which earlier tokens each one sees"),
+        work=("tap k = tile rotated by W - 1 - k,", "joined with the tile before it"),
         written=("y [rows, channels]",),
-        bound="HBM: x in, y out; the 2 W operations per element hide behind them",
+        floor="HBM: x in, y out; 2 W operations and a silu per element take less",
     ),
     "linear_scan": Picture(
         grid=("batch", "channel blocks", "time blocks ->"),
         read=("a [rows, channels]", "b [rows, channels]"),
-        kept=("h [channels] float32",),
+        kept=("h [1, channels] float32",),
         scalars=("4 bytes per 8 tokens:", "reset and valid as bits"),
-        work=("8 tokens x 128 channels = 1 register,", "3 doubling steps, then the state"),
-        written=("h [rows, channels]", "boundary state per block"),
-        bound="HBM: a and b in, h out; 2 operations per element",
+        work=("8 tokens, 128 channels: 1 register;", "3 doubling steps, then the state"),
+        written=("h [rows, channels]", "h before each block"),
+        floor="HBM: a and b in, h out; 2 operations per element take less",
     ),
     "selective_scan": Picture(
         grid=("batch", "time blocks ->", "channel blocks ->"),
-        read=("x, dt, z [rows, 1024]", "B, C [rows, N]", "A [N, 1024]"),
-        kept=("h: N registers of 1024 channels", "B, C spread over lanes, once a block"),
-        scalars=("reset and valid per token",),
-        work=("per token and state, 1 register op:", "exp(dt A) h + (dt x) B;  y += C h"),
-        written=("y [rows, 1024]", "boundary states [N, 1024]"),
-        bound="VPU: 4 operations and 1 exponential per token, channel and state",
+        read=("x, dt, z [rows, 1024]", "B, C, flags [2 N + 2, rows]", "A [N, all channels]", "D, dt_bias [2, 1024]"),
+        kept=(
+            "h [N, all channels] float32,",
+            "1024 channels of it in a register;",
+            "B, C, flags spread over the lanes",
+        ),
+        scalars=(),
+        work=("per token and state:", "h = exp(dt A) h + (dt x) B; y += C h", "per token: softplus(dt), D x, silu(z)"),
+        written=("y [rows, 1024]", "h before each chunk [N, 1024]"),
+        floor="VPU: 4 operations and 1 exponential per token, channel and state; HBM in float32 and decoding",
     ),
     "gated_linear_attention": Picture(
-        grid=("batch", "head blocks", "chunks of 128 tokens ->"),
-        read=("q, k [128, K] of a group", "v [128, heads x V]", "log decay [128, heads]"),
+        grid=("batch", "groups", "head blocks", "chunks of 128 tokens ->"),
+        read=("q, k [128, K] of a group", "v [128, heads x V]", "log decay [heads, 128] or as k"),
         kept=("S [K, heads x V] float32",),
-        scalars=("whether a chunk has resets",),
-        work=("scores q k^T once per group (MXU),", "times exp of sums of decays;", "y = scores v + decayed q S"),
+        scalars=(),
+        work=(
+            "q k^T once for all heads (MXU),",
+            "times exp of sums of log decays;",
+            "y = scores v + decayed q S;",
+            "S = decayed S + decayed k^T v",
+        ),
         written=("y [128, heads x V]", "S before each chunk"),
-        bound="MXU or HBM, by shape; decays cost VPU and EUP per score",
+        floor="HBM at most published shapes; MXU in RetNet's backward pass",
     ),
     "mlstm": Picture(
         grid=("batch", "heads", "chunks ->"),
-        read=("q, k [chunk, K]", "v [chunk, V]", "gates: 8 numbers a token"),
-        kept=("C [K, V], n [K] float32", "(scaled by exp(-m))"),
+        read=("q, k [chunk, K]", "v [chunk, V]", "gates [8, chunk] float32"),
+        kept=("C [K, V], n [1, K] float32,", "in units of exp(m)"),
         scalars=(),
-        work=("weights exp(d_ij - m_i) on scores,", "numerator and normaliser together"),
-        written=("h [chunk, V]", "C, n before each chunk"),
-        bound="MXU: chunk scores, and the state's products",
+        work=(
+            "128 queries, keys up to their own:",
+            "weights exp(d_ij - m_i) on scores;",
+            "scores v + decayed q C, divided by",
+            "|row sums + decayed q n|, or exp(-m)",
+        ),
+        written=("y [chunk, V]", "C, n before each chunk"),
+        floor="HBM at the widths of xLSTM 7B, MXU at those of xLSTM 1.3B",
     ),
     "taylor_linear_attention": Picture(
         grid=("batch", "head blocks", "chunks ->"),
-        read=("q, k [d, tokens]", "v and a row of ones [V + 1, tokens]"),
-        kept=("state [features, V + 1] float32",),
+        read=("q, k [heads, K, tokens]", "v [heads, V, tokens]", "documents [1, tokens]"),
+        kept=("state [heads, features, V + 1]", "float32, in the block of results"),
         scalars=("documents at the ends of tiles",),
         work=(
-            "inside: 1 + s + s^2 / 2 of the scores;",
-            "before: features of 128 tokens at a",
-            "time, made where the MXU reads them",
+            "a tile of 128 tokens at a time:",
+            "inside 1 + s + s^2 / 2 of the scores;",
+            "before it the state, by features of q;",
+            "features of k add (v, 1) to the state",
         ),
-        written=("y [V, tokens]", "state before each chunk"),
-        bound="MXU: features x V per token, for the state in and out",
+        written=("y [heads, V, tokens]", "normaliser [heads, 1, tokens]", "state before each chunk"),
+        floor="HBM at published shapes; the products with the state (MXU) come second",
     ),
     "attention": Picture(
-        grid=("batch", "key heads", "query blocks", "key blocks inside the band ->"),
-        read=("q [heads of the group, block, K]", "k, v [block, K or V]"),
-        kept=("running maximum and sum", "accumulator [heads, block, V] float32"),
+        grid=("batch", "head blocks", "query blocks", "key blocks of the band ->"),
+        read=("q [heads of a group, block, K]", "k, v [block, K or V]", "documents [1, block]"),
+        kept=("maximum, sum [heads, block, 128],", "accumulator [heads, block, V] float32"),
         scalars=("lowest and highest document", "of each chunk"),
-        work=("scores chunk by chunk (MXU);", "a mask only on the diagonal", "and on the window's edge"),
+        work=(
+            "scores chunk by chunk (MXU);",
+            "a mask on the diagonal and on the",
+            "window's edge; documents: always",
+        ),
         written=("y [heads, block, V]", "log-sum-exp [heads, block]"),
-        bound="MXU: two products per pair inside the band",
+        floor="MXU: two products per pair inside the band; decoding HBM: the stored keys and values",
     ),
     "ternary_matmul": Picture(
         grid=("output blocks", "row blocks ->"),
-        read=("packed weights: 4 per byte", "x int8 [rows, K]", "scales"),
-        kept=("many rows: weights unpacked", "to int8, [K, block]"),
+        read=("x int8 [rows, K]", "packed weights [K / 4, block]", "scales [rows, 1], [1, block]"),
+        kept=("of several row blocks: the weights,", "unpacked to int8 [K, block]"),
         scalars=(),
-        work=("shifts and masks: 1 register of", "bytes = 4 of weights; int8 MXU"),
+        work=("shifts and masks: 1 register of", "bytes = 4 of weights; int8 MXU;", "int32 sums times the scales"),
         written=("y [rows, block]",),
-        bound="few rows: HBM, the packed bytes; many rows: MXU in int8",
+        floor="few rows: HBM, the packed bytes; many rows: MXU in int8",
+    ),
+    "rms_norm_quantize": Picture(
+        grid=("row blocks",),
+        read=("x [rows, D]", "weight [1, D] float32"),
+        kept=(),
+        scalars=(),
+        work=(
+            "32 rows, looked at twice in VMEM:",
+            "sum of squares and largest |x w|;",
+            "x w times a factor per row, rounded",
+        ),
+        written=("values int8 [rows, D]", "scales [rows, 1] float32"),
+        floor="HBM: x in, a byte per element out; 6 operations per element take less",
     ),
     "softmax_topk": Picture(
         grid=("row blocks", "column blocks ->"),
         read=("logits [128 rows, columns]",),
-        kept=("per lane: maximum, sum", "the 128 best of each row, sorted"),
+        kept=("maximum, sum [rows, 128 lanes];", "the 128 best of each row, sorted,", "in the blocks of results"),
         scalars=(),
-        work=("one pass: maxima, sums, two largest", "per lane; merge only if they beat", "the k-th best"),
-        written=("sum [rows]", "values, indices [rows, k]"),
-        bound="HBM: one read of the logits",
+        work=("per lane: maximum, sum, and the", "block's two largest; merged only", "where one beats the k-th best"),
+        written=("sum [rows, 1]", "values, indices [128, rows]"),
+        floor="HBM: one read of the logits",
     ),
     "linear_cross_entropy": Picture(
         grid=("vocabulary chunks ->",),
         read=("x [tokens, D]", "w [D, chunk]", "labels [tokens]"),
-        kept=("maximum, sum, label's logit", "per token, float32"),
+        kept=("per token: maximum, sum, argmax,", "label's logit, sum of logits"),
         scalars=(),
-        work=("logits of a chunk, folded into", "the running sums, then dropped"),
-        written=("nll, lse, mean logit [tokens]",),
-        bound="MXU: tokens x D x vocabulary, once forward and three times with gradients",
+        work=("logits [tokens, chunk] float32,", "folded into the running sums,", "then dropped"),
+        written=("nll, lse, mean logit, argmax",),
+        floor="not counted; products tokens x D x vocabulary: one forward, three backward",
+        pallas=False,
     ),
 }
 
@@ -149,10 +186,11 @@ def _arrow(x: float, y: float, length: float) -> str:
 
 def draw(op: str, picture: Picture) -> str:
     """The picture of an op as SVG text."""
-    title = f"{op}: grid over " + ", ".join(picture.grid)
+    walk, names, kept = ("grid", KERNEL, " (VMEM)") if picture.pallas else ("loop", LOOP, "")
+    title = f"{op}: {walk} over " + ", ".join(picture.grid)
     parts = [_text(10, 24, title, 15, "bold")]
-    parts += [_text(x, TOP - 14, name, 13, "bold") for name, (x, _) in COLUMNS.items()]
-    left, middle, right = COLUMNS.values()
+    parts += [_text(x, TOP - 14, name, 13, "bold") for name, (x, _) in zip(names, COLUMNS, strict=True)]
+    left, middle, right = COLUMNS
     heights = []
     for (x, width), lines in ((left, picture.read), (right, picture.written)):
         y = TOP
@@ -163,7 +201,7 @@ def draw(op: str, picture: Picture) -> str:
     y = TOP
     for label, lines, fill in (
         ("", picture.work, "#ffffff"),
-        ("kept across steps (VMEM)", picture.kept, "#fef3d8"),
+        (f"kept across steps{kept}", picture.kept, "#fef3d8"),
         ("SMEM", picture.scalars, "#e6f4ea"),
     ):
         if not lines:
@@ -177,7 +215,7 @@ def draw(op: str, picture: Picture) -> str:
     parts.append(_arrow(left[0] + left[1] + 6, middle_of_first, middle[0] - left[0] - left[1] - 12))
     parts.append(_arrow(middle[0] + middle[1] + 6, middle_of_first, right[0] - middle[0] - middle[1] - 12))
     bottom = max(*heights, y) + 14
-    parts.append(_text(10, bottom, f"bound by {picture.bound}", 13, "bold"))
+    parts.append(_text(10, bottom, f"floor: {picture.floor}", 13, "bold"))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{bottom + 16:g}" font-family="sans-serif">'
     return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *parts, "</svg>", ""])
 

@@ -84,8 +84,9 @@ def run(
     """`call(*arrays)`, on a mesh by every device on its shard.
 
     A result that lacks a mesh axis which splits an argument is summed over it: the gradient of a weight over rows, that
-    of an input which all heads share over heads. Outside a mesh, inside `jax.shard_map`, and where an axis of `whole`
-    is split (a recurrence over time cannot run on parts of it), this is `call(*arrays)` alone.
+    of an input which all heads share over heads. What no rule splits, every device computes in whole. Without a mesh or
+    on one device, inside `jax.shard_map`, and where an axis of `whole` is split (a recurrence over time cannot run on
+    parts of it), this is `call(*arrays)` alone.
 
     Args:
       op: name of the op, for messages.

@@ -1,4 +1,4 @@
-"""What the README says of the code is what the code says."""
+"""What README and docs say of the code is what the code says."""
 
 import importlib.util
 import pathlib
@@ -6,8 +6,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def _presets():
-    spec = importlib.util.spec_from_file_location("presets", ROOT / "docs" / "presets.py")
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -15,7 +15,17 @@ def _presets():
 
 def test_table_of_presets_is_fresh():
     text = (ROOT / "README.md").read_text()
-    assert _presets().updated(text) == text, "run python docs/presets.py"
+    assert _script("presets").updated(text) == text, "run python docs/presets.py"
+
+
+def test_tables_and_pictures_of_kernels_are_fresh():
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    assert _script("kernels").updated(text) == text, "run python docs/kernels.py"
+    pictures = _script("pictures")
+    for op, picture in pictures.PICTURES.items():
+        assert (pictures.FOLDER / f"{op}.svg").read_text() == pictures.draw(op, picture), "run python docs/pictures.py"
+        assert f"](pictures/{op}.svg)" in text
+    assert set(pictures.PICTURES) == {path.parent.name for path in (ROOT / "pallas_kernels").glob("*/op.py")}
 
 
 def test_commands_and_links_exist():

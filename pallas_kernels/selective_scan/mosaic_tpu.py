@@ -177,10 +177,11 @@ def group_tokens(g):
 
 
 def softplus(v):
-    """log(1 + exp(v))."""
+    """log(1 + exp(v)), to 1e-5 of itself also where exp(v) is lost in 1 + exp(v)."""
     e = jnp.exp(-jnp.abs(v))
-    wide = 1.0 + e
-    return jnp.maximum(v, 0.0) + (jnp.log(wide) + (e - (wide - 1.0)))  # the sum's rounding error put back
+    # Not by the rounding error of 1 + e: a compiler may simplify (1 + e) - 1.
+    series = e * (1.0 - e * (0.5 - e * (1.0 / 3.0)))
+    return jnp.maximum(v, 0.0) + jnp.where(e < 2.0**-7, series, jnp.log(1.0 + e))
 
 
 def silu(v):

@@ -48,6 +48,7 @@ MODELS = {
     "mamba_130m_decode": ScanShape(16, 1, 1536, carried=True),
     "mamba_2.8b_decode": ScanShape(16, 1, 5120, carried=True),
     "samba_421m": ScanShape(4, 4096, 3072),
+    "samba_421m_8k": ScanShape(1, 8192, 3072),
     "samba_421m_long": ScanShape(1, 8192, 3072, dtype=jnp.float32),
     "samba_1.3b": ScanShape(2, 4096, 4608),
     "samba_1.7b": ScanShape(2, 4096, 4096),
@@ -56,6 +57,8 @@ MODELS = {
     "samba_3.8b_append": ScanShape(1, 512, 5632, carried=True),
     "samba_3.8b_decode": ScanShape(16, 1, 5632, carried=True),
 }
+
+PROFILE = ("samba_421m_8k",)
 
 TINY = {
     "chunks": ScanShape(2, 64, 8, 4, dtype=jnp.float32),

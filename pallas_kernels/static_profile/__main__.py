@@ -13,7 +13,8 @@ from pallas_kernels.static_profile import goldens, profile, programs
 from pallas_kernels.static_profile.chips import CHIPS
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "tests" / "goldens" / "static_profile.json"
-NOTES = """cycles: bundles issued, every loop and predicated region followed; waits for memory are not in it.
+NOTES = """Indented rows are Pallas kernels; the row that names op, shape and pass is the whole program around them.
+cycles: bundles issued, every loop and predicated region followed; waits for memory are not in it.
 every region: the same with each predicated region counted as run. unknown: a loop's trips depend on data.
 bytes: the copies to and from HBM that the schedule runs. estimate: largest of cycles, matrix-unit and memory time.
 slots: share of the unit's issue slots. floor: fewest cycles, and the unit that bounds them. ratio: estimate / floor.
@@ -52,23 +53,26 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def show(reports: list[dict[str, Any]]) -> None:
     """Prints reports of `profile.profile_op` as a table."""
     console = rich.console.Console(width=190)
-    columns = "program|kernel|cycles|every region|MB|MXU|VALU|EUP|load|store|fill|spill|estimate|floor|ratio"
+    columns = "program, kernel|cycles|every region|MB|MXU|VALU|EUP|load|store|fill|spill|estimate|floor|ratio"
     table = rich.table.Table(*columns.split("|"))
-    for column in table.columns[2:]:
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
         column.justify = "right"
+    unserved = []
     for report in reports:
         name = f"{report['op']} {report['shape']} {report['direction']}"
         label = f"{name} {report['implementation']}"
         if "kernels" not in report:
-            table.add_row(label, report.get("unsupported") or report["error"])
+            unserved.append(f"{label}: {report.get('unsupported') or report['error']}")
             continue
         for kernel in report["kernels"]:
             if kernel["pallas"]:
-                table.add_row(
-                    label, *_cells(kernel["name"], kernel), *_verdict({**kernel, "floor": report.get("floor")})
-                )
-        table.add_row(label, *_cells("whole program", _whole(report)), *_verdict(report), end_section=True)
+                cells = _cells(kernel), _verdict({**kernel, "floor": report.get("floor")})
+                table.add_row(f"  {kernel['name'].removeprefix('transpose_jvp_')}", *cells[0], *cells[1])
+        table.add_row(label, *_cells(_whole(report)), *_verdict(report), end_section=True)
     console.print(table)
+    for line in unserved:
+        console.print(line)
     console.print(NOTES)
 
 
@@ -83,7 +87,7 @@ def _whole(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cells(name: str, part: dict[str, Any]) -> list[str]:
+def _cells(part: dict[str, Any]) -> list[str]:
     cycles, whole = part["cycles"], part["cycles_every_region"]
     size = (part["bytes_read"] + part["bytes_written"]) / 1e6
     used, capacity = part["slots"], part["capacity"]
@@ -93,7 +97,6 @@ def _cells(name: str, part: dict[str, Any]) -> list[str]:
     assumed = "*" if part["assumed_regions"] else ""
     mark = " !" if part["spills_in_innermost_loops"] else ""
     return [
-        name,
         f"unknown, >= {part['cycles_at_least']:,}" if cycles is None else f"{cycles:,}{assumed}",
         "unknown" if whole is None else f"{whole:,}",
         f"{'' if part['bytes_known'] else '>= '}{size:,.1f}",

@@ -193,10 +193,4 @@ def _traffic(shape: Any, backward: bool, result_like: tuple[str, ...]) -> int:
     if not backward:
         return sum(sizes.values()) + results
     floating = [name for name, argument in shape.arrays().items() if programs.is_floating(argument)]
-    arrays = {name: array for name, array in shape.arrays().items() if array is not None}
-    sizes = {name: array.size * array.dtype.itemsize for name, array in arrays.items()}
-    results = sum(sizes[name] for name in result_like)
-    if not backward:
-        return sum(sizes.values()) + results
-    floating = [name for name, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)]
     return sum(sizes.values()) + results + sum(sizes[name] for name in floating)

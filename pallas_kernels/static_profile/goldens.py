@@ -27,21 +27,29 @@ def measure(ops: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def table(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The table to commit: per kernel its metrics, with the compiler's version.
+    """The table to commit: per kernel its metrics, per program the estimated cycles, with the compiler's version.
 
     Raises:
       RuntimeError: a program did not compile.
     """
-    rows = {}
+    rows: dict[str, Any] = {}
+    estimates = {}
     for report in reports:
         name = "/".join(report[key] for key in ("op", "shape", "direction"))
         if "error" in report:
             raise RuntimeError(f"{name} did not compile: {report['error']}")
+        if "kernels" in report:
+            estimates[name] = report["estimate"]
         for kernel in report.get("kernels", ()):
             if kernel["pallas"]:
                 size = kernel["bytes_read"] + kernel["bytes_written"]
                 rows[f"{name}/{kernel['name']}"] = {m: size if m == "bytes" else kernel[m] for m in METRICS}
-    return {"chip": CHIP, "libtpu": importlib.metadata.version("libtpu"), "kernels": dict(sorted(rows.items()))}
+    return {
+        "chip": CHIP,
+        "libtpu": importlib.metadata.version("libtpu"),
+        "kernels": dict(sorted(rows.items())),
+        "estimates": dict(sorted(estimates.items())),
+    }
 
 
 def worse(golden: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
