@@ -7,14 +7,25 @@ import jax
 
 from pallas_kernels import dispatch, partition
 from pallas_kernels.arguments import check_array
-from pallas_kernels.gated_linear_attention import mosaic_tpu, mosaic_tpu_backward, reference, xla
+from pallas_kernels.gated_linear_attention import (
+    mosaic_gpu,
+    mosaic_gpu_backward,
+    mosaic_tpu,
+    mosaic_tpu_backward,
+    reference,
+    xla,
+)
 
 DEFAULT_CHUNK_SIZE = 128  # a step of the TPU kernels; twice as many states would cost more than the rest of a pass
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward}
-BACKWARD = {"xla": xla.backward, "mosaic_tpu": mosaic_tpu_backward.backward}
-FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports}
-BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports}
+FORWARD = {"xla": xla.forward, "mosaic_tpu": mosaic_tpu.forward, "mosaic_gpu": mosaic_gpu.forward}
+BACKWARD = {
+    "xla": xla.backward,
+    "mosaic_tpu": mosaic_tpu_backward.backward,
+    "mosaic_gpu": mosaic_gpu_backward.backward,
+}
+FORWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
+BACKWARD_SUPPORTS = {"mosaic_tpu": mosaic_tpu_backward.supports, "mosaic_gpu": mosaic_gpu_backward.supports}
 NAMES = ("reference", *FORWARD)
 
 # How a mesh divides the op (see `partition.run`).
@@ -61,7 +72,7 @@ def gated_linear_attention(
       valid: bool [B, T], False at padding: the state stays, y is 0, and what the other arguments hold
         there is ignored, `reset` included. None when there is no padding.
       chunk_size: tokens between two saved states; None takes 128.
-      implementation: "reference", "xla", "mosaic_tpu" or None for the platform's priority.
+      implementation: "reference", "xla", "mosaic_tpu", "mosaic_gpu" or None for the platform's priority.
 
     Returns:
       y: [B, T, H, V] in the dtype of v.
