@@ -4,6 +4,7 @@ Suites (config.benchmark.suites):
   mamba-130m, llama-135m: prefill, decode and train step against transformers on torch, with the same weights and two
     threads on each side, each in a process of its own as its users run it.
   samba: samba-tiny against its transformer twin, prefill and decode per token and memory, over lengths.
+  ops: every op of pallas_kernels against what it has to beat (launch/benchmark_ops.py); by name alone.
 
 Every number is a median over two rounds of `repeats` calls after a warm-up; ratio > 1 means that ours is better.
 """
@@ -28,6 +29,7 @@ import rich.console
 import rich.table
 
 import zoo
+from launch import benchmark_ops
 from launch.config import ConfigError, check, write_json
 from launch.peer import Peer
 from launch.plots import plot_lengths
@@ -237,8 +239,15 @@ def _temporary(model: Model, length: int) -> float:
     return float(analysis.temp_size_in_bytes)
 
 
+def ops(config: Any, workdir: pathlib.Path, repeats: int) -> list[Row]:
+    """The suite of launch/benchmark_ops.py."""
+    del workdir
+    return [Row(**row) for row in benchmark_ops.measure(config.benchmark.op_lengths, repeats, median_seconds)]
+
+
 SUITES: dict[str, Callable[..., list[Row]]] = {
     "mamba-130m": against_transformers("mamba-130m", "mamba-130m"),
     "llama-135m": against_transformers("llama-135m", "llama-135m"),
     "samba": samba_against_twin,
+    "ops": ops,
 }

@@ -140,7 +140,7 @@ def walk(
 
     Args:
       steps: number of tiles.
-      slots: number of buffers, at least 2; step s uses slot s % slots.
+      slots: number of buffers, at least 2 where they are stored in place; step s uses slot s % slots.
       barrier: one barrier per slot; each counts the copies that `fetch` issues.
       fetch: issues the copies from global to shared memory of a step, to be counted by `barrier.at[slot]`.
       body: computes; it may read what was fetched and write what `store` takes.

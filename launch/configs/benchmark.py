@@ -4,6 +4,7 @@
     python launch/main.py --config=launch/configs/benchmark.py --workdir=runs/benchmark
 
 About 15 minutes on 2 CPU cores with 8 GB. A shorter one: --config.benchmark.suites="('samba',)".
+The kernels, on the CPU or a chip: --config.benchmark.suites="('ops',)".
 Expected on 2 cores: see docs/measurements.md.
 """
 

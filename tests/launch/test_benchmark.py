@@ -1,12 +1,18 @@
 """mode=benchmark: the table is whole; the numbers are not tested."""
 
+import importlib
 import json
 
+import jax
+import numpy as np
 import pytest
 
-from launch import benchmark, main
+from launch import benchmark, benchmark_ops, main
 from launch.config import ConfigError
 from launch.configs import benchmark as config_file
+from pallas_kernels.static_profile import programs
+
+SIDES = ("xla", "reference")
 
 
 def test_samba_and_its_twin(tmp_path, monkeypatch, capsys):
@@ -24,6 +30,35 @@ def test_samba_and_its_twin(tmp_path, monkeypatch, capsys):
     assert state[1]["peer"] > 1.9 * state[0]["peer"]
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
     assert "samba-tiny, 256" in capsys.readouterr().out
+
+
+def test_ops(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "limit_threads", lambda: None)
+    monkeypatch.setattr(programs, "ops", lambda: ["linear_scan", "rms_norm_quantize"])
+    config = config_file.get_config()
+    config.benchmark.update(suites=("ops",), repeats=1, op_lengths=(8,))
+    main.dispatch(config, tmp_path)
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    linear_scan = [row["metric"] for row in rows if row["name"] == "linear_scan, hgrn_1.3b, 8 tokens"]
+    assert linear_scan == [f"{which}, ms (xla against reference)" for which in benchmark_ops.PASSES]
+    norm = [row["metric"] for row in rows if row["name"].startswith("rms_norm_quantize, bitnet_2b4t_prefill")]
+    assert norm == ["forward, ms (xla against reference)"], "an op without a backward pass of its own"
+    assert all(row["ratio"] == pytest.approx(row["peer"] / row["ours"]) for row in rows)
+
+
+@pytest.mark.parametrize("op", programs.ops())
+def test_arguments_of_ops(op):
+    shape = next(iter(importlib.import_module(f"pallas_kernels.{op}.shapes").TINY.values()))
+    results = [benchmark_ops.call(op, shape, benchmark_ops.draw(shape), name, "forward")() for name in SIDES]
+    assert benchmark_ops.difference(*results) < 1e-4
+    leaves = [np.asarray(a, np.float64) for a in jax.tree.leaves(results)]
+    assert all(np.isfinite(a).all() for a in leaves)
+    assert any(a.any() for a in leaves)
+
+
+def test_difference_is_of_the_worst_result():
+    exact = {"y": np.array([2.0, -4.0]), "state": np.array([1.0])}
+    assert benchmark_ops.difference({"y": np.array([2.0, -3.0]), "state": np.array([1.1])}, exact) == 0.25
 
 
 def test_unknown_suite(tmp_path):
