@@ -5,3 +5,17 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PJRT_NPROC", "8")  # threads of XLA: simulated warpgroups that wait for each other hold one each
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled():
+    """Drops what a test file compiled once the file is done.
+
+    XLA on a CPU maps about three memory regions for each program it keeps. A worker of the whole suite keeps tens of
+    thousands, and Linux kills a process at 65,530 regions (`vm.max_map_count`).
+    """
+    yield
+    jax.clear_caches()

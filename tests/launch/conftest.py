@@ -7,9 +7,9 @@ from launch import train
 from tests.launch import tiny
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Runs in this process share what they compile; runs in processes of their own compile for themselves."""
+    """Runs here share what they compile; runs in processes of their own compile for themselves."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
