@@ -84,8 +84,8 @@ def cost_table() -> str:
     for name, row in golden["kernels"].items():
         passes.setdefault(tuple(name.split("/")[:3]), []).append(row)
     lines = [
-        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio | whole program |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio | whole program | xla | earned |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (op, shape, direction), rows in passes.items():
         cycles = [row["cycles"] for row in rows]
@@ -99,9 +99,14 @@ def cost_table() -> str:
             bound = f"{floor[unit]:,.0f}", unit
             # Matrix units keep a kernel waiting where issued cycles are fewer than the floor.
             ratio = f"{max(least, chip.hbm_cycles(size), floor[unit]) / floor[unit]:.2f}"
-        estimate = golden["estimates"]["/".join((op, shape, direction))]
+        name = "/".join((op, shape, direction))
+        estimate, xla = golden["estimates"][name], golden["xla"][name]
         whole = "unknown" if estimate is None else f"{estimate:,.0f}"
-        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio, whole)
+        slower = max(xla["estimate"] or 0, xla["cycles_at_least"])
+        known = "" if xla["estimate"] is not None else "at least "
+        earned = "" if estimate is None else f"{known}{slower / estimate:.1f}"
+        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio)
+        cells += whole, f"{known}{slower:,.0f}", earned
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

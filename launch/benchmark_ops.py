@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from launch import benchmark_peers
 from launch.benchmark_table import Row
@@ -231,9 +232,14 @@ def measure(
         for op, label, shape in found:
             for which in PASSES if differentiable(op) else PASSES[:1]:
                 case = _Case(op, label, shape, which, platform)
-                if platform in KERNELS:
-                    rows += case.compare()
-                rows += case.time(torch, medians)
+                try:
+                    case.choose()
+                    if platform in KERNELS:
+                        rows += case.compare()
+                    rows += case.time(torch, medians)
+                except Exception as error:  # the other cases are still worth knowing; the run ends with an error
+                    logging.exception("%s, %s, %s", op, label, which)
+                    rows.append(case.row("did not run", note=f"{WRONG}: {benchmark_peers.reason(error)}"))
             torch.ask("forget")
     return rows
 
@@ -247,10 +253,12 @@ class _Case:
     shape: Any
     which: str
     platform: str
+    kernel: str = "xla"
+    refusal: str = ""  # why the kernel of the platform does not serve
 
-    def __post_init__(self):
+    def choose(self) -> None:
+        """Takes the kernel of the platform where it serves the call."""
         self.kernel = KERNELS.get(self.platform, "xla")
-        self.refusal = ""
         try:
             floats = {name: a for name, a in self.shape.arrays().items() if programs.is_floating(a)}
             others = {name: a for name, a in self.shape.arrays().items() if not programs.is_floating(a)}
