@@ -35,9 +35,27 @@ def _once(sides):
     return [side() for side in sides]
 
 
+class NoTorch:
+    """A torch process without peers."""
+
+    def __init__(self, *arguments, **options):
+        self.lines = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        assert self.lines[-1] == "forget"
+
+    def ask(self, line):
+        self.lines.append(line)
+        return "[]"
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Programs of two calls, samples of one run."""
+    monkeypatch.setattr(benchmark_ops, "Peer", NoTorch)
     monkeypatch.setattr(benchmark_ops, "MOST_CALLS", 2)
     monkeypatch.setattr(benchmark_ops, "LEAST_SECONDS", 0.0)
 
