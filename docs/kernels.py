@@ -100,15 +100,22 @@ def cost_table() -> str:
             # Matrix units keep a kernel waiting where issued cycles are fewer than the floor.
             ratio = f"{max(least, chip.hbm_cycles(size), floor[unit]) / floor[unit]:.2f}"
         name = "/".join((op, shape, direction))
-        estimate, xla = golden["estimates"][name], golden["xla"][name]
+        estimate = golden["estimates"][name]
         whole = "unknown" if estimate is None else f"{estimate:,.0f}"
-        slower = max(xla["estimate"] or 0, xla["cycles_at_least"])
-        known = "" if xla["estimate"] is not None else "at least "
-        earned = "" if estimate is None else f"{known}{slower / estimate:.1f}"
+        xla, earned = _xla(golden["xla"].get(name), estimate)
         cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio)
-        cells += whole, f"{known}{slower:,.0f}", earned
+        cells += whole, xla, earned
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _xla(counted: dict | None, ours: float | None) -> tuple[str, str]:
+    """Cycles of XLA's form and how many times those of our program they are; a bound where trips are unknown."""
+    if counted is None:
+        return "not counted", ""
+    known = "" if counted["estimate"] is not None else "at least "
+    cycles = counted["cycles_at_least"] if counted["estimate"] is None else counted["estimate"]
+    return f"{known}{cycles:,.0f}", "" if ours is None else f"{known}{cycles / ours:.1f}"
 
 
 def updated(text: str) -> str:
