@@ -232,14 +232,17 @@ def measure(
         for op, label, shape in found:
             for which in PASSES if differentiable(op) else PASSES[:1]:
                 case = _Case(op, label, shape, which, platform)
+                fresh: list[Row] = []
                 try:
                     case.choose()
-                    if platform in KERNELS:
-                        rows += case.compare()
-                    rows += case.time(torch, medians)
+                    fresh += case.compare() if platform in KERNELS else []
+                    fresh += case.time(torch, medians)
                 except Exception as error:  # the other cases are still worth knowing; the run ends with an error
                     logging.exception("%s, %s, %s", op, label, which)
-                    rows.append(case.row("did not run", note=f"{WRONG}: {benchmark_peers.reason(error)}"))
+                    fresh.append(case.row("did not run", note=f"{WRONG}: {benchmark_peers.reason(error)}"))
+                for row in fresh:  # a run that is stopped has shown what it measured
+                    print(" | ".join(row.cells()), flush=True)
+                rows += fresh
             torch.ask("forget")
     return rows
 
