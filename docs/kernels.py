@@ -84,8 +84,8 @@ def cost_table() -> str:
     for name, row in golden["kernels"].items():
         passes.setdefault(tuple(name.split("/")[:3]), []).append(row)
     lines = [
-        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio | whole program |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio | whole program | xla | earned |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (op, shape, direction), rows in passes.items():
         cycles = [row["cycles"] for row in rows]
@@ -99,11 +99,23 @@ def cost_table() -> str:
             bound = f"{floor[unit]:,.0f}", unit
             # Matrix units keep a kernel waiting where issued cycles are fewer than the floor.
             ratio = f"{max(least, chip.hbm_cycles(size), floor[unit]) / floor[unit]:.2f}"
-        estimate = golden["estimates"]["/".join((op, shape, direction))]
+        name = "/".join((op, shape, direction))
+        estimate = golden["estimates"][name]
         whole = "unknown" if estimate is None else f"{estimate:,.0f}"
-        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio, whole)
+        xla, earned = _xla(golden["xla"].get(name), estimate)
+        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio)
+        cells += whole, xla, earned
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _xla(counted: dict | None, ours: float | None) -> tuple[str, str]:
+    """Cycles of XLA's form and how many times those of our program they are; a bound where trips are unknown."""
+    if counted is None:
+        return "not counted", ""
+    known = "" if counted["estimate"] is not None else "at least "
+    cycles = counted["cycles_at_least"] if counted["estimate"] is None else counted["estimate"]
+    return f"{known}{cycles:,.0f}", "" if ours is None else f"{known}{cycles / ours:.1f}"
 
 
 def updated(text: str) -> str:

@@ -7,10 +7,13 @@ Suites (config.benchmark.suites):
   ops: every op of pallas_kernels against what it has to beat (launch/benchmark_ops.py); by name alone.
 
 Every number is a median over two rounds of `repeats` calls after a warm-up; ratio > 1 means that ours is better.
+config.benchmark.record names a Markdown page to which the table is appended.
 """
 
+import contextlib
 import dataclasses
 import gc
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -25,11 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
-import rich.table
 
 import zoo
-from launch import benchmark_ops
+from launch import benchmark_ops, benchmark_table
+from launch.benchmark_table import Row
 from launch.config import ConfigError, check, write_json
 from launch.peer import Peer
 from launch.plots import plot_lengths
@@ -45,17 +47,6 @@ PROMPT, DECODE_TOKENS = 128, 32
 TRAIN_SHAPE = (2, 128)  # rows, tokens; torch loops over time, and its graph grows with it
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One comparison. Attributes: name; metric with its unit; ours; peer; ratio, > 1 when ours is better."""
-
-    name: str
-    metric: str
-    ours: float
-    peer: float
-    ratio: float
-
-
 def run(config: Any, workdir: pathlib.Path) -> None:
     """Runs the suites of `config.benchmark`, prints a table and writes benchmark.json (and benchmark.png).
 
@@ -67,16 +58,23 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     for suite in wanted:
         if suite not in SUITES:
             raise ConfigError(f"config.benchmark.suites names {suite!r}; {nearest(suite, SUITES)}")
+    if config.benchmark.record:
+        benchmark_table.check_page(config.benchmark.record)
     limit_threads()
+    share_accelerator()
     rows: list[Row] = []
+    measured: dict[str, str] = {}
     for suite in wanted:
         rows += SUITES[suite](config, workdir, repeats)
-        content = {"rows": [dataclasses.asdict(row) for row in rows], "repeats": repeats, "machine": machine()}
+        measured = benchmark_table.facts(THREADS, **peer_versions())
+        content = {"rows": [dataclasses.asdict(row) for row in rows], "repeats": repeats, "measured": measured}
         write_json(workdir / "benchmark.json", content)  # after each suite: a stopped run keeps what it measured
-    table = rich.table.Table("model", "metric", "ours", "peer", "ratio", title=f"medians of {repeats}")
-    for row in rows:
-        table.add_row(row.name, row.metric, f"{row.ours:,.4g}", f"{row.peer:,.4g}", f"{row.ratio:.2f}x")
-    rich.console.Console(width=120).print(table)
+    title = f"Suites {', '.join(wanted)}: medians of two rounds of {repeats}"
+    benchmark_table.show(rows, title)
+    if config.benchmark.record:
+        benchmark_table.append(config.benchmark.record, rows, measured, title)
+    if wrong := [f"{row.name}: {row.metric}" for row in rows if row.note.startswith(benchmark_ops.WRONG)]:
+        raise RuntimeError(f"results are wrong: {'; '.join(wrong)}")
 
 
 def limit_threads() -> None:
@@ -85,29 +83,42 @@ def limit_threads() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    cpu = "unknown"
-    if (info := pathlib.Path("/proc/cpuinfo")).exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {"cpu": cpu, "threads": THREADS, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+def share_accelerator() -> None:
+    """Leaves half of a GPU's memory to peers in processes of their own; jax must not have started yet."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 
 
-def median_seconds(sides: Iterable[Callable[[], Any]], repeats: int) -> list[float]:
+def peer_versions() -> dict[str, str]:
+    """Versions of the packages that peers come from, of those that are installed."""
+    found = {}
+    for name in ("torch", "triton", "transformers", "flash-linear-attention", "mamba-ssm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def wall_clock(side: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    side()
+    return time.perf_counter() - start
+
+
+def median_seconds(
+    sides: Iterable[Callable[[], Any]], repeats: int, clock: Callable[[Callable[[], Any]], float] = wall_clock
+) -> list[float]:
     """Median seconds of each function over two rounds of `repeats` calls in a row.
 
     Calls follow one another as steps of a run do (the first of a round, which finds the other side's traces in memory,
-    is not counted); two rounds, so that drift of the machine meets all sides.
+    is not counted); two rounds, so that drift of the machine meets all sides. `clock` calls a function and returns the
+    seconds that count.
     """
     sides = list(sides)
     seconds: list[list[float]] = [[] for _ in sides]
     for _ in range(2):
         for times, side in zip(seconds, sides, strict=True):
             side()
-            for _ in range(repeats):
-                start = time.perf_counter()
-                side()
-                times.append(time.perf_counter() - start)
+            times += [clock(side) for _ in range(repeats)]
     return [statistics.median(times) for times in seconds]
 
 
@@ -123,7 +134,8 @@ def against_transformers(name: str, preset: str) -> Callable[..., list[Row]]:
         rows = []
         with tempfile.TemporaryDirectory() as folder:
             zoo.to_hf(model, params, pathlib.Path(folder) / "weights")
-            with Peer(pathlib.Path(folder) / "weights", threads=THREADS, decode_tokens=DECODE_TOKENS) as peer:
+            weights = str(pathlib.Path(folder) / "weights")
+            with Peer("launch.peer", weights, str(THREADS), str(DECODE_TOKENS), threads=THREADS) as peer:
                 for metric, tokens, ours, line in (
                     ("prefill tokens/s", PREFILL_LENGTH, _prefill, f"prefill {PREFILL_LENGTH}"),
                     ("decode tokens/s", DECODE_TOKENS, _decode, f"decode {PROMPT}"),
@@ -242,7 +254,12 @@ def _temporary(model: Model, length: int) -> float:
 def ops(config: Any, workdir: pathlib.Path, repeats: int) -> list[Row]:
     """The suite of launch/benchmark_ops.py."""
     del workdir
-    return [Row(**row) for row in benchmark_ops.measure(config.benchmark.op_lengths, repeats, median_seconds)]
+
+    def medians(sides: Iterable[Callable[[], float]]) -> list[float]:
+        return median_seconds(sides, repeats, clock=lambda side: side())
+
+    cases = benchmark_ops.cases(tuple(config.benchmark.op_lengths), jax.default_backend())
+    return benchmark_ops.measure(cases, jax.default_backend(), medians, threads=THREADS)
 
 
 SUITES: dict[str, Callable[..., list[Row]]] = {

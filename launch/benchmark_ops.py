@@ -1,44 +1,81 @@
-"""The suite `ops` of mode=benchmark: every op of pallas_kernels beside the implementation it has to beat.
+"""The suite `ops` of mode=benchmark: every op of pallas_kernels beside the implementations it has to beat.
 
 On a CPU: `xla` against the sequential `reference`, at the widths of published models, one row, float32, and the tokens
-of config.benchmark.op_lengths. On a TPU or GPU: the Pallas kernel against `xla`, at the shapes that `static_profile`
-counts, and how far either is from the reference; calls that a kernel does not serve are left out.
+of config.benchmark.op_lengths. On a TPU or GPU: the Pallas kernel (where it does not serve a call, `xla`) against `xla`
+and peers, at the shapes that `static_profile` counts, after a look at how far results and gradients are from the
+reference. Peers are JAX's own kernels (launch/benchmark_peers.py) and, in a process of their own, those of torch
+(launch/torch_ops.py); one that is not installed or does not serve a call has a row that says why.
+
+On a chip a sample is several runs of a program in a row, each of several calls on arrays of their own, until they take
+10 ms: calls of microseconds are not lost in what it takes to start them, and no cache holds all arrays.
 """
 
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
+from launch import benchmark_peers
+from launch.benchmark_table import Row
+from launch.peer import Peer
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.static_profile import programs
 
 KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
+LAYOUTS = {"tpu": "i2_s_columns", "gpu": "i2_s"}  # of ternary weights, that the kernels read
 PASSES = ("forward", "forward and backward")
+CHECKED_TOKENS, CHECKED_WINDOW = 512, 128  # of the calls that are compared with the reference
+TOLERANCE = 0.03  # of bfloat16 arguments and gradients: differences come to a few of its 2^-8 steps
+WRONG = "WRONG"
+LEAST_SECONDS = 0.01  # of a sample
+ARRAYS_BYTES, MOST_CALLS = 128 * 2**20, 64  # what one program on a chip goes through
+
+Case = tuple[str, str, Any]  # op, label, entry of its shapes
 
 
-def cases(lengths: tuple[int, ...]) -> list[tuple[str, str, Any]]:
-    """(op, label, shape) to time on this platform.
+def cases(lengths: Sequence[int], platform: str) -> list[Case]:
+    """What is timed on a platform.
 
     Args:
       lengths: tokens (rows where an op has no sequence) of each case on a CPU; elsewhere the shapes are published ones.
+      platform: "cpu", "tpu" or "gpu".
     """
-    names = [(op, name) for op in programs.ops() for name in programs.entries(op)]
-    if jax.default_backend() in KERNELS:
-        return [(op, name, programs.entry(op, name)) for op, name in names]
     found = []
-    for op, name in names:
-        shape = programs.entry(op, name)
-        length = next(field for field in ("time", "tokens", "rows") if hasattr(shape, field))
-        for tokens in lengths:
-            changes = {length: tokens, "dtype": jnp.float32} | ({"batch": 1} if hasattr(shape, "batch") else {})
-            found.append((op, f"{name}, {tokens} tokens", dataclasses.replace(shape, **changes)))
+    for op in programs.ops():
+        for name in programs.entries(op):
+            shape = programs.entry(op, name)
+            if platform in KERNELS:
+                layout = {"layout": LAYOUTS[platform]} if hasattr(shape, "layout") else {}
+                found.append((op, name, dataclasses.replace(shape, **layout)))
+                continue
+            for tokens in lengths:
+                changes = {"dtype": jnp.float32} | ({"batch": 1} if hasattr(shape, "batch") else {})
+                shorter = dataclasses.replace(shape, **{_length(shape): tokens}, **changes)
+                found.append((op, f"{name}, {tokens} tokens", shorter))
     return found
+
+
+def _length(shape: Any) -> str:
+    return next(field for field in ("time", "tokens", "rows") if hasattr(shape, field))
+
+
+def checked(shape: Any) -> Any:
+    """A shape whose reference takes little time and memory: one row, few tokens, a window that cuts them."""
+    changes: dict[str, Any] = {_length(shape): min(getattr(shape, _length(shape)), CHECKED_TOKENS)}
+    if hasattr(shape, "batch"):
+        changes["batch"] = 1
+    if getattr(shape, "window", None):
+        changes["window"] = min(shape.window, CHECKED_WINDOW)
+    return dataclasses.replace(shape, **changes)
 
 
 def draw(shape: Any, seed: int = 0) -> dict[str, Any]:
@@ -77,25 +114,10 @@ _RANGES: dict[str, Callable[[Any], Any]] = {  # of normal numbers, for arguments
 }
 
 
-def call(op: str, shape: Any, arguments: dict[str, Any], implementation: str, which: str) -> Callable[[], Any]:
-    """A compiled pass of an op that waits for its result; `forward and backward` sums the results and differentiates.
-
-    Raises:
-      UnsupportedError: the implementation does not serve the call.
-    """
+def implementation(op: str, shape: Any, name: str) -> Callable[..., Any]:
+    """An implementation of an op as a function of its array arguments by name."""
     function = getattr(importlib.import_module(f"pallas_kernels.{op}"), op)
-    floats = {name: a for name, a in arguments.items() if programs.is_floating(a)}
-    others = {name: a for name, a in arguments.items() if name not in floats}
-
-    def forward(floats, others):
-        return function(**floats, **others, **shape.options(), implementation=implementation)
-
-    def total(floats, others):
-        leaves = [a for a in jax.tree.leaves(forward(floats, others)) if jnp.issubdtype(a.dtype, jnp.floating)]
-        return sum(jnp.sum(a.astype(jnp.float32)) for a in leaves)
-
-    compiled = jax.jit(forward if which == PASSES[0] else jax.grad(total)).lower(floats, others).compile()
-    return lambda: jax.block_until_ready(compiled(floats, others))
+    return functools.partial(function, **shape.options(), implementation=name)
 
 
 def differentiable(op: str) -> bool:
@@ -103,43 +125,224 @@ def differentiable(op: str) -> bool:
     return bool(programs.implementations(op, "backward"))
 
 
+class Program:
+    """A compiled pass of a function over several sets of arguments, one after the other.
+
+    Raises (when made):
+      UnsupportedError: the implementation does not serve the call.
+    """
+
+    def __init__(self, function: Callable[..., Any], sets: Sequence[dict[str, Any]], which: str, least: float = 0.0):
+        """Compiles `function(**arguments)`.
+
+        Args:
+          function: of arrays by name.
+          sets: its arguments.
+          which: one of `PASSES`; with a backward pass, the gradients of all results times random numbers.
+          least: seconds that a sample takes at least.
+        """
+        split = [
+            (
+                {name: a for name, a in arguments.items() if programs.is_floating(a)},
+                {name: a for name, a in arguments.items() if not programs.is_floating(a)},
+            )
+            for arguments in sets
+        ]
+        cotangents = _cotangents(jax.eval_shape(lambda: function(**sets[0])))
+
+        def one(floats, others, cotangents):
+            if which == PASSES[0]:
+                return function(**floats, **others)
+            results, pullback = jax.vjp(lambda floats: function(**floats, **others), floats)
+            leaves, tree = jax.tree.flatten(results)
+            # An integer result has no cotangent but this placeholder.
+            given = zip(leaves, cotangents, strict=True)
+            whole = [np.zeros(a.shape, jax.dtypes.float0) if c is None else c for a, c in given]
+            return pullback(jax.tree.unflatten(tree, whole))[0]
+
+        run = jax.jit(lambda split, cotangents: [one(floats, others, cotangents) for floats, others in split])
+        self._arguments = split, cotangents
+        self._run = run.lower(*self._arguments).compile()
+        self._calls, self._rounds = len(sets), 1
+        if least:
+            self.seconds()
+            self._rounds = max(1, math.ceil(least / (self.seconds() * self._calls)))
+
+    def results(self) -> Any:
+        """What the pass over the first set gives."""
+        return jax.block_until_ready(self._run(*self._arguments))[0]
+
+    def seconds(self) -> float:
+        """Seconds per call of one sample."""
+        start, results = time.perf_counter(), None
+        for _ in range(self._rounds):
+            results = self._run(*self._arguments)
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / (self._rounds * self._calls)
+
+
+def _cotangents(results: Any) -> list[jax.Array | None]:
+    rng = np.random.default_rng(1)
+    return [
+        jnp.asarray(rng.standard_normal(a.shape, np.float32)).astype(a.dtype)
+        if jnp.issubdtype(a.dtype, jnp.floating)
+        else None
+        for a in jax.tree.leaves(results)
+    ]
+
+
+def argument_sets(arguments: dict[str, Any], platform: str) -> list[dict[str, Any]]:
+    """Copies of the arguments that one program goes through: on a chip, more than its caches hold."""
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arguments))
+    count = min(math.ceil(ARRAYS_BYTES / size), MOST_CALLS) if platform in KERNELS else 1
+    return [arguments, *(jax.tree.map(jnp.copy, arguments) for _ in range(count - 1))]
+
+
 def difference(result: Any, reference: Any) -> float:
-    """The largest difference of any result from the reference's, over the largest magnitude of that result."""
+    """The largest difference of any result from the reference's, over the largest magnitude of that result.
+
+    Where one of them is NaN, or an infinity that the other is not, the difference is NaN.
+    """
     pairs = zip(jax.tree.leaves(result), jax.tree.leaves(reference), strict=True)
     ratios = []
     for a, b in pairs:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        ratios.append(float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), np.finfo(np.float32).tiny)))
-    return max(ratios)
+        with np.errstate(invalid="ignore"):
+            apart = np.where(a == b, 0.0, np.abs(a - b))
+            ratios.append(np.max(apart) / max(np.max(np.abs(b)), np.finfo(np.float32).tiny))
+    return float(np.max(ratios))
 
 
-def measure(lengths: tuple[int, ...], repeats: int, seconds: Callable[..., list[float]]) -> list[dict[str, Any]]:
+def measure(
+    found: Iterable[Case], platform: str, medians: Callable[[Sequence[Callable[[], float]]], list[float]], threads: int
+) -> list[Row]:
     """Times every case, and on an accelerator compares it with the reference.
 
     Args:
-      lengths: see `cases`.
-      repeats: calls of a round.
-      seconds: (functions, repeats) -> median seconds of each.
+      found: the cases.
+      platform: "cpu", "tpu" or "gpu".
+      medians: functions that give the seconds of a sample -> median seconds of each.
+      threads: of the torch process.
 
     Returns:
-      Rows with `name`, `metric`, `ours`, `peer` and `ratio` (> 1 when ours is better).
+      Rows of times (ratio > 1 when ours is faster), of differences from the reference, and of what did not run and why.
     """
-    kernel = KERNELS.get(jax.default_backend())
-    ours, peer = (kernel, "xla") if kernel else ("xla", "reference")
     rows = []
-    for op, label, shape in cases(lengths):
-        name, arguments = f"{op}, {label}", draw(shape)
-        for which in PASSES if differentiable(op) else PASSES[:1]:
-            try:
-                sides = [call(op, shape, arguments, side, which) for side in (ours, peer)]
-            except UnsupportedError:
-                continue
-            a, b = seconds(sides, repeats)
-            metric = f"{which}, ms ({ours} against {peer})"
-            rows.append({"name": name, "metric": metric, "ours": a * 1e3, "peer": b * 1e3, "ratio": b / a})
-            if kernel and which == PASSES[0]:
-                exact = call(op, shape, arguments, "reference", which)()
-                a, b = (difference(side(), exact) for side in sides)
-                metric = "largest difference from the reference, relative"
-                rows.append({"name": name, "metric": metric, "ours": a, "peer": b, "ratio": b / a if a else 1.0})
+    with Peer("launch.torch_ops", str(threads), threads=threads, JAX_PLATFORMS="cpu") as torch:
+        for op, label, shape in found:
+            for which in PASSES if differentiable(op) else PASSES[:1]:
+                case = _Case(op, label, shape, which, platform)
+                fresh: list[Row] = []
+                try:
+                    case.choose()
+                    fresh += case.compare() if platform in KERNELS else []
+                    fresh += case.time(torch, medians)
+                except Exception as error:  # the other cases are still worth knowing; the run ends with an error
+                    logging.exception("%s, %s, %s", op, label, which)
+                    fresh.append(case.row("did not run", note=f"{WRONG}: {benchmark_peers.reason(error)}"))
+                for row in fresh:  # a run that is stopped has shown what it measured
+                    print(" | ".join(row.cells()), flush=True)
+                rows += fresh
+            torch.ask("forget")
     return rows
+
+
+@dataclasses.dataclass
+class _Case:
+    """One pass of one op at one shape on one platform."""
+
+    op: str
+    label: str
+    shape: Any
+    which: str
+    platform: str
+    kernel: str = "xla"
+    refusal: str = ""  # why the kernel of the platform does not serve
+
+    def choose(self) -> None:
+        """Takes the kernel of the platform where it serves the call."""
+        self.kernel = KERNELS.get(self.platform, "xla")
+        try:
+            floats = {name: a for name, a in self.shape.arrays().items() if programs.is_floating(a)}
+            others = {name: a for name, a in self.shape.arrays().items() if not programs.is_floating(a)}
+            jax.eval_shape(self._pass(implementation(self.op, self.shape, self.kernel)), floats, others)
+        except UnsupportedError as error:
+            self.kernel, self.refusal = "xla", str(error)
+
+    def _pass(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def traced(floats, others):
+            if self.which == PASSES[0]:
+                return function(**floats, **others)
+            return jax.vjp(lambda floats: function(**floats, **others), floats)
+
+        return traced
+
+    def row(self, metric: str, **columns: Any) -> Row:
+        """A row of this case."""
+        return Row(f"{self.op}, {self.label}", f"{self.which}, {metric}", **columns)
+
+    def compare(self) -> list[Row]:
+        """How far the kernel and xla are from the reference at a shorter shape, and from each other at this one."""
+        if self.refusal:
+            return [self.row(KERNELS[self.platform], note=self.refusal)]
+        short = checked(self.shape)
+        arguments = draw(short)
+        with jax.default_matmul_precision("highest"):
+            exact = Program(implementation(self.op, short, "reference"), [arguments], self.which).results()
+        kernel, xla = (
+            difference(Program(implementation(self.op, short, name), [arguments], self.which).results(), exact)
+            for name in (self.kernel, "xla")
+        )
+        arguments = draw(self.shape)
+        whole = [
+            Program(implementation(self.op, self.shape, name), [arguments], self.which).results()
+            for name in (self.kernel, "xla")
+        ]
+        from_xla = difference(*whole)
+        shorter = f"{getattr(short, _length(short))} {_length(short)}"
+        metric = f"difference from the reference ({self.kernel}, xla; {shorter})"
+        return [
+            self.row(metric, ours=kernel, peer=xla, note=_verdict(kernel)),
+            self.row(f"difference from xla ({self.kernel})", ours=from_xla, note=_verdict(from_xla)),
+        ]
+
+    def time(self, torch: Peer, medians: Callable[..., list[float]]) -> list[Row]:
+        """Medians of the kernel against each peer."""
+        least = LEAST_SECONDS if self.platform in KERNELS else 0.0
+        arguments = draw(self.shape)
+        sets = argument_sets(arguments, self.platform)
+        ours = Program(implementation(self.op, self.shape, self.kernel), sets, self.which, least)
+        other = "xla" if self.platform in KERNELS else "reference"
+        sides, rows = {}, []
+        if other != self.kernel:
+            sides[other] = Program(implementation(self.op, self.shape, other), sets, self.which, least).seconds
+        for name, peer in benchmark_peers.PEERS.get(self.platform, {}).get(self.op, {}).items():
+            try:
+                function, changed = peer(self.shape, arguments)
+                copies = argument_sets(changed, self.platform)
+                sides[name] = Program(function, copies, self.which, least).seconds
+            except Exception as error:  # a peer's own limits have any type; the row says which
+                rows.append(self.row(f"{self.kernel} against {name}", note=benchmark_peers.reason(error)))
+        shape = {field.name: getattr(self.shape, field.name) for field in dataclasses.fields(self.shape)}
+        shape |= {name: np.dtype(value).name for name, value in shape.items() if name.endswith("dtype")}
+        request = {"op": self.op, "shape": shape, "backward": self.which != PASSES[0], "calls": len(sets)}
+        for name in json.loads(torch.ask(f"peers {json.dumps({'op': self.op, 'platform': self.platform})}")):
+            line = json.dumps({**request, "peer": name})
+            answer = json.loads(torch.ask(f"prepare {line}"))
+            if "note" in answer:
+                rows.append(self.row(f"{self.kernel} against {name}", note=answer["note"]))
+                continue
+            sides[name] = torch.side(f"run {line}")
+            if self.which == PASSES[0]:
+                value = answer["difference"]
+                note = "" if value <= TOLERANCE else "it computes something else"
+                rows.append(self.row(f"difference from the reference ({name})", peer=value, note=note))
+        mine, *others = medians([ours.seconds, *sides.values()])
+        for name, seconds in zip(sides, others, strict=True):
+            metric = f"ms ({self.kernel} against {name})"
+            rows.append(self.row(metric, ours=mine * 1e3, peer=seconds * 1e3, ratio=seconds / mine))
+        return rows
+
+
+def _verdict(value: float) -> str:
+    return "" if value <= TOLERANCE else f"{WRONG}: over {TOLERANCE}"

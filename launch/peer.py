@@ -6,6 +6,7 @@ Answers each line of standard input with one line: "prefill 1024", "decode 128" 
 once and print the seconds they took.
 """
 
+import contextlib
 import copy
 import os
 import pathlib
@@ -17,44 +18,46 @@ from typing import Any
 
 
 class Peer:
-    """A running peer; a context manager. `side(line)` gives a function that runs the line once."""
+    """A program of `launch` that answers lines, in a process of its own; a context manager."""
 
-    def __init__(self, folder: pathlib.Path, *, threads: int, decode_tokens: int):
+    def __init__(self, module: str, *arguments: str, threads: int, **environment: str):
         root = pathlib.Path(__file__).resolve().parents[1]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "launch.peer", str(folder), str(threads), str(decode_tokens)],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=root,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), **environment},
         )
 
-    def side(self, line: str) -> Callable[[], float]:
-        """A function that has the peer run `line` once and returns its seconds.
+    def ask(self, line: str) -> str:
+        """The answer to a line.
 
-        Raises (when called):
+        Raises:
           RuntimeError: the peer has stopped; its own message is on standard error.
         """
-
-        def run() -> float:
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-            if not answer:
-                raise RuntimeError(f"the peer stopped at {line!r} with status {self._process.wait()}")
-            return float(answer)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the peer stopped at {line!r} with status {self._process.wait()}")
+        return answer
 
-        return run
+    def side(self, line: str) -> Callable[[], float]:
+        """A function that has the peer run `line` once and returns the seconds it answers."""
+        return lambda: float(self.ask(line))
 
     def __enter__(self) -> "Peer":
         return self
 
     def __exit__(self, *exc: Any) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()  # end of input ends the peer
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()  # end of input ends the peer
         self._process.wait()
 
 

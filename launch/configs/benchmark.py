@@ -4,7 +4,9 @@
     python launch/main.py --config=launch/configs/benchmark.py --workdir=runs/benchmark
 
 About 15 minutes on 2 CPU cores with 8 GB. A shorter one: --config.benchmark.suites="('samba',)".
-The kernels, on the CPU or a chip: --config.benchmark.suites="('ops',)".
+The kernels, on the CPU or a chip: --config.benchmark.suites="('ops',)", their numbers checked on the chip before they
+are timed, beside XLA and what is installed of cuDNN, splash attention, torch, flash-linear-attention and mamba_ssm.
+With --config.benchmark.record=docs/measurements.md the table is appended to that page, with device, versions and date.
 Expected on 2 cores: see docs/measurements.md.
 """
 

@@ -25,7 +25,10 @@ def main(arguments: list[str]) -> None:
     """Runs the command line."""
     options = _parse(arguments)
     if options.write_golden:
-        table = goldens.table(goldens.measure(goldens.covered()))
+        ops = options.op or goldens.covered()
+        table = goldens.table(goldens.measure(ops), goldens.measure(ops, goldens.BASELINE))
+        if options.op:
+            table = goldens.updated(json.loads(GOLDEN.read_text()), table, ops)
         GOLDEN.write_text(json.dumps(table, indent=1) + "\n")
         print(f"{len(table['kernels'])} kernels written to {GOLDEN}")
         return
@@ -46,7 +49,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--shape", help='name of an entry of the op\'s shapes, or "all"')
     parser.add_argument("--implementation", nargs="+", default=["mosaic_tpu", "xla"])
     parser.add_argument("--json", action="store_true", help="everything, kernel by kernel")
-    parser.add_argument("--write-golden", action="store_true", help=f"writes {GOLDEN.name} for the TPU kernels")
+    written = f"writes {GOLDEN.name}, or the rows of the named ops in it"
+    parser.add_argument("--write-golden", action="store_true", help=written)
     return parser.parse_args(arguments)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 from pallas_kernels.static_profile import profile, programs
 
 CHIP = "v5e"
-IMPLEMENTATION = "mosaic_tpu"
+IMPLEMENTATION, BASELINE = "mosaic_tpu", "xla"
 MARGIN = 0.05
+BASELINE_METRICS = ("estimate", "cycles_at_least")
 METRICS = ("cycles", "cycles_at_least", "cycles_every_region", "bytes")
 
 
@@ -21,13 +22,17 @@ def covered() -> list[str]:
     ]
 
 
-def measure(ops: Iterable[str]) -> list[dict[str, Any]]:
-    """Profiles the TPU kernels of ops at the shapes they profile by default."""
-    return [report for op in ops for report in profile.profile_op(op, programs.entries(op), CHIP, [IMPLEMENTATION])]
+def measure(ops: Iterable[str], implementation: str = IMPLEMENTATION) -> list[dict[str, Any]]:
+    """Profiles the TPU kernels, or the xla form, of ops at the shapes they profile by default."""
+    return [report for op in ops for report in profile.profile_op(op, programs.entries(op), CHIP, [implementation])]
 
 
-def table(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def table(reports: Iterable[Mapping[str, Any]], baseline: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """The table to commit: per kernel its metrics, per program the estimated cycles, with the compiler's version.
+
+    Args:
+      reports: of the kernels.
+      baseline: reports of the xla form; no test watches them, as some take minutes to compile.
 
     Raises:
       RuntimeError: a program did not compile.
@@ -35,9 +40,7 @@ def table(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     estimates = {}
     for report in reports:
-        name = "/".join(report[key] for key in ("op", "shape", "direction"))
-        if "error" in report:
-            raise RuntimeError(f"{name} did not compile: {report['error']}")
+        name = _name(report)
         if "kernels" in report:
             estimates[name] = report["estimate"]
         for kernel in report.get("kernels", ()):
@@ -49,7 +52,33 @@ def table(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "libtpu": importlib.metadata.version("libtpu"),
         "kernels": dict(sorted(rows.items())),
         "estimates": dict(sorted(estimates.items())),
+        "xla": {
+            name: {m: r[m] for m in BASELINE_METRICS} for name, r in sorted({_name(r): r for r in baseline}.items())
+        },
     }
+
+
+def _name(report: Mapping[str, Any]) -> str:
+    name = "/".join(report[key] for key in ("op", "shape", "direction"))
+    if "error" in report:
+        raise RuntimeError(f"{name} did not compile: {report['error']}")
+    return name
+
+
+def updated(golden: Mapping[str, Any], new: Mapping[str, Any], ops: Iterable[str]) -> dict[str, Any]:
+    """The golden table with the rows of `ops` from a new one.
+
+    Raises:
+      RuntimeError: another compiler wrote the golden table, which must then be written whole.
+    """
+    for key in ("chip", "libtpu"):
+        if golden[key] != new[key]:
+            raise RuntimeError(f"the golden table is of {key} {golden[key]}, here is {new[key]}: write all of it")
+    merged = dict(new)
+    for part in ("kernels", "estimates", "xla"):
+        kept = {name: row for name, row in golden.get(part, {}).items() if name.partition("/")[0] not in set(ops)}
+        merged[part] = dict(sorted((kept | new[part]).items()))
+    return merged
 
 
 def worse(golden: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

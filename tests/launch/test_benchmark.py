@@ -1,18 +1,15 @@
 """mode=benchmark: the table is whole; the numbers are not tested."""
 
-import importlib
 import json
 
 import jax
-import numpy as np
 import pytest
 
-from launch import benchmark, benchmark_ops, main
+from launch import benchmark, benchmark_ops, benchmark_table, main
+from launch.benchmark_table import Row
 from launch.config import ConfigError
 from launch.configs import benchmark as config_file
 from pallas_kernels.static_profile import programs
-
-SIDES = ("xla", "reference")
 
 
 def test_samba_and_its_twin(tmp_path, monkeypatch, capsys):
@@ -32,33 +29,52 @@ def test_samba_and_its_twin(tmp_path, monkeypatch, capsys):
     assert "samba-tiny, 256" in capsys.readouterr().out
 
 
-def test_ops(tmp_path, monkeypatch):
+def test_ops_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "limit_threads", lambda: None)
     monkeypatch.setattr(programs, "ops", lambda: ["linear_scan", "rms_norm_quantize"])
+    page = tmp_path / "measurements.md"
+    page.write_text("# Measurements\n\nBefore.\n")
     config = config_file.get_config()
-    config.benchmark.update(suites=("ops",), repeats=1, op_lengths=(8,))
+    config.benchmark.update(suites=("ops",), repeats=1, op_lengths=(8,), record=str(page))
     main.dispatch(config, tmp_path)
-    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    rows = content["rows"]
     linear_scan = [row["metric"] for row in rows if row["name"] == "linear_scan, hgrn_1.3b, 8 tokens"]
     assert linear_scan == [f"{which}, ms (xla against reference)" for which in benchmark_ops.PASSES]
     norm = [row["metric"] for row in rows if row["name"].startswith("rms_norm_quantize, bitnet_2b4t_prefill")]
     assert norm == ["forward, ms (xla against reference)"], "an op without a backward pass of its own"
     assert all(row["ratio"] == pytest.approx(row["peer"] / row["ours"]) for row in rows)
+    lines = page.read_text().splitlines()
+    assert lines[:3] == ["# Measurements", "", "Before."]
+    assert lines[4] == f"## Benchmark of {content['measured']['date']}, {content['measured']['device']}"
+    assert f"jax {jax.__version__}" in lines[6]
+    assert f"commit {content['measured']['commit']}" in lines[6]
+    assert sum(line.startswith("| linear_scan, hgrn_1.3b, 8 tokens |") for line in lines) == 2
 
 
-@pytest.mark.parametrize("op", programs.ops())
-def test_arguments_of_ops(op):
-    shape = next(iter(importlib.import_module(f"pallas_kernels.{op}.shapes").TINY.values()))
-    results = [benchmark_ops.call(op, shape, benchmark_ops.draw(shape), name, "forward")() for name in SIDES]
-    assert benchmark_ops.difference(*results) < 1e-4
-    leaves = [np.asarray(a, np.float64) for a in jax.tree.leaves(results)]
-    assert all(np.isfinite(a).all() for a in leaves)
-    assert any(a.any() for a in leaves)
+def test_wrong_results_end_the_run(tmp_path, monkeypatch):
+    rows = [benchmark.Row("scan", "difference", 2.0, 0.1, None, f"{benchmark_ops.WRONG}: over 0.03")]
+    monkeypatch.setattr(benchmark, "limit_threads", lambda: None)
+    monkeypatch.setitem(benchmark.SUITES, "ops", lambda *_: rows)
+    config = config_file.get_config()
+    config.benchmark.update(suites=("ops",), record=str(tmp_path / "page.md"))
+    with pytest.raises(RuntimeError, match="results are wrong: scan: difference"):
+        main.dispatch(config, tmp_path)
+    assert "WRONG: over" in (tmp_path / "page.md").read_text(), "what was measured is kept"
 
 
-def test_difference_is_of_the_worst_result():
-    exact = {"y": np.array([2.0, -4.0]), "state": np.array([1.0])}
-    assert benchmark_ops.difference({"y": np.array([2.0, -3.0]), "state": np.array([1.1])}, exact) == 0.25
+def test_page(tmp_path):
+    page = tmp_path / "page.md"
+    measured = {"device": "chip", "date": "2026-01-02", "commit": "abc"}
+    for row in (Row("a|b", "ms", 1234.5, 2.0, 0.5), Row("c", "ms", note="torch is not installed")):
+        benchmark_table.append(str(page), [row], measured, "Medians")
+    assert page.read_text().count("## Benchmark of 2026-01-02, chip\n\nMedians; commit abc.\n\n| name |") == 2
+    assert "| a\\|b | ms | 1,234 | 2 | 0.50x |  |\n\n## " in page.read_text()
+    assert page.read_text().endswith("| c | ms |  |  |  | torch is not installed |\n")
+    config = config_file.get_config()
+    config.benchmark.record = str(tmp_path / "absent" / "page.md")
+    with pytest.raises(ConfigError, match="must be a file in a folder that exists"):
+        main.dispatch(config, tmp_path)
 
 
 def test_unknown_suite(tmp_path):
@@ -73,3 +89,5 @@ def test_medians_take_turns():
     seconds = benchmark.median_seconds((lambda: order.append("a"), lambda: order.append("b")), 2)
     assert order == (["a"] * 3 + ["b"] * 3) * 2
     assert all(s >= 0 for s in seconds)
+    times = iter((9.0, 1.0, 3.0, 9.0, 5.0, 4.0))
+    assert benchmark.median_seconds((lambda: next(times),), 2, clock=lambda side: side()) == [3.5]

@@ -304,6 +304,21 @@ def test_golden_table_names_kernels(v5e):
         goldens.table([{"op": "matmul", "shape": "512", "direction": "forward", "error": "none"}])
 
 
+def test_golden_rows_of_one_op_are_replaced():
+    place = {"op": "scan", "shape": "s", "direction": "forward"}
+    baseline = {**place, "estimate": None, "cycles_at_least": 7}
+    new = goldens.table([{**place, "estimate": 5, "kernels": []}], [baseline])
+    assert new["xla"] == {"scan/s/forward": {"estimate": None, "cycles_at_least": 7}}
+    golden = {**new, "kernels": {"conv/s/forward/k": {"cycles": 1}, "scan/s/forward/old": {"cycles": 2}}}
+    golden |= {"estimates": {"scan/old/forward": 3, "conv/s/forward": 4}, "xla": {"conv/s/forward": {"estimate": 9}}}
+    merged = goldens.updated(golden, new, ["scan"])
+    assert list(merged["kernels"]) == ["conv/s/forward/k"]
+    assert merged["estimates"] == {"conv/s/forward": 4, "scan/s/forward": 5}
+    assert list(merged["xla"]) == ["conv/s/forward", "scan/s/forward"]
+    with pytest.raises(RuntimeError, match="write all of it"):
+        goldens.updated({**golden, "libtpu": "0"}, new, ["scan"])
+
+
 def test_command_line(capsys):
     pytest.importorskip("libtpu")
     arguments = ["causal_conv1d", "--shape", "mamba_130m_decode", "--implementation", "xla"]
