@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_linear_attention import xla
-from pallas_kernels.gated_linear_attention.mosaic_gpu import (
+from pallas_kernels.gated_linear_attention.mosaic_gpu import fill_ones, weights
+from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
     AFTER,
     STEP,
     UNTIL,
@@ -24,13 +25,12 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu import (
     Layout,
     check_support,
     decayed,
-    fill_ones,
     kernel,
     layout,
     load_state,
     multiply_transposed,
     refuse,
-    weights,
+    wide,
 )
 from pallas_kernels.warpgroup import walk
 from pallas_kernels.wgmma import COLUMNS, MATRIX, ROWS, across, full, load, matrix_ref, multiply
@@ -41,7 +41,9 @@ ARRIVING, LEAVING, DEPARTING, PASSING = range(4)  # rows of the flows through th
 
 def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int) -> None:
     """Raises UnsupportedError where `backward` does not serve an argument."""
-    check_support(q, k, v, log_decay, chunk_size)
+    check_support(q, k, v, chunk_size)
+    if log_decay is not None and log_decay.ndim == 4:
+        refuse("log_decay per channel of the key backward; use one per head, or 'xla'")
     if chunk_size > MAX_DISTANCE:
         refuse(f"chunk_size={chunk_size} backward: it starts from states at most {MAX_DISTANCE} tokens apart")
 
@@ -49,11 +51,6 @@ def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
 def slots(key: int) -> int:
     """Steps in shared memory: two where they fit."""
     return 2 if key <= 128 else 1
-
-
-def wide(ref) -> jax.Array:
-    """float32 matrix of 16-bit shared memory, as the accumulator of a product."""
-    return load(ref, MATRIX).astype(jnp.float32)
 
 
 def _kernel(lay: Layout, scale: float, shared: bool, *refs):
@@ -208,7 +205,9 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     ]
     body = functools.partial(_kernel, lay, scale, decays.shape[0] == 1)
     arrays = (*arrays, xla.flat(dstate, lay.groups))
-    dq, dk, dv, flows, dbefore = kernel("backward", body, out_type, scratch, lay, batch)(*arrays)
+    dq, dk, dv, flows, dbefore = kernel("backward", body, out_type, scratch, {"unit": lay.units, "batch": batch})(
+        *arrays
+    )
     dq, dk = (x.reshape(batch, lay.groups, -1, time, lay.key).sum(axis=2) for x in (dq, dk))
     dq, dk = (jnp.swapaxes(x, 1, 2)[:, : lay.length] for x in (dq, dk))
     dlog_decay = None if log_decay is None else _decay_gradient(lay, flows, log_decay, reset, valid)
