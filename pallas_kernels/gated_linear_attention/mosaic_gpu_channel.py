@@ -41,7 +41,7 @@ from pallas_kernels.warpgroup import walk
 from pallas_kernels.wgmma import MATRIX, ROWS, full, indices, load, matrix_ref, multiply
 
 SQUARE = (STEP, STEP)
-HALVES = tuple(1 << level for level in range(STEP.bit_length() - 1))  # the n: 1, 2, 4 .. 32
+LEVELS = STEP.bit_length() - 1  # n = 1, 2, 4 .. 32
 
 
 def decays(lay: Layout, log_decay, reset, valid) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -55,10 +55,8 @@ def decays(lay: Layout, log_decay, reset, valid) -> tuple[jax.Array, jax.Array, 
     g = jnp.maximum(lay.whole_steps(masked_decay(log_decay.astype(jnp.float32), reset, valid)), LOWEST)
     high = rounded(g)
     whole = jnp.exp(g.reshape(g.shape[0], lay.steps, STEP, *g.shape[2:]).sum(axis=2))
-    seen = (
-        jnp.zeros((1, lay.steps, STEP), bool) if reset is None else lay.whole_steps(reset).reshape(-1, lay.steps, STEP)
-    )
-    seen = jnp.cumsum(seen, axis=2, dtype=jnp.int32) == 0
+    resets = jnp.zeros((1, lay.length), bool) if reset is None else reset
+    seen = jnp.cumsum(lay.whole_steps(resets).reshape(-1, lay.steps, STEP), axis=2, dtype=jnp.int32) == 0
     parts = (x.astype(jnp.bfloat16) for x in (high, g - high))
     return *parts, jnp.swapaxes(whole, 1, 2), seen.astype(jnp.float32)
 
@@ -76,12 +74,17 @@ class Tokens:
         return (self.i & n) != 0
 
     def meet(self, n: int) -> jax.Array:
-        """Whether i and j are in different halves of one block of 2 n; the same token for n = 0."""
-        return self.differ == 0 if n == 0 else (self.differ >= n) & (self.differ < 2 * n)
+        """Whether i and j are in different halves of one block of 2 n; ."""
+        return (self.differ >= n) & (self.differ < 2 * n)
 
     def to_middle(self, n: int) -> jax.Array:
         """Which tokens j lie between i and the middle of its block of 2 n."""
         return (self.differ < n) & ~(self.right(n) ^ self.upto)
+
+
+def half(level: jax.Array) -> jax.Array:
+    """The n of a level."""
+    return jax.lax.shift_left(jnp.int32(1), level)
 
 
 def decay(high: Any, low: Any, taken: jax.Array) -> jax.Array:
@@ -92,7 +95,7 @@ def decay(high: Any, low: Any, taken: jax.Array) -> jax.Array:
 
 def to_middle(tokens: Tokens, n: int, q: jax.Array, k: jax.Array, factor: jax.Array, x: Any) -> None:
     """Writes the rows x_n from queries, keys and their decay to the middle."""
-    x[...] = (jnp.where(tokens.right(n), q, k) * factor).astype(x.dtype)
+    x[...] = (jnp.where(tokens.right(n), q, k).astype(jnp.float32) * factor).astype(x.dtype)
     plgpu.commit_smem()
 
 
@@ -111,14 +114,18 @@ def _scores_kernel(lay: Layout, *refs):
 
     def body(_, slot, scores):
         q_smem, k_smem, high, low = (buffer.at[slot] for buffer in buffers)
-        scores += jnp.where(tokens.meet(0), multiply(q_smem, k_smem, transpose=True), 0.0)
-        q, k = wide(q_smem), wide(k_smem)
-        for n in HALVES:
+        scores += jnp.where(tokens.differ == 0, multiply(q_smem, k_smem, transpose=True), 0.0)
+        q, k = load(q_smem, MATRIX), load(k_smem, MATRIX)
+
+        def across_middles(level, scores):
+            n = half(level)
             to_middle(tokens, n, q, k, decay(high, low, tokens.to_middle(n)), x)
-            scores += jnp.where(tokens.meet(n) & tokens.upto, multiply(x, x, transpose=True), 0.0)
+            return scores + jnp.where(tokens.meet(n) & tokens.upto, multiply(x, x, transpose=True), 0.0)
+
+        scores = jax.lax.fori_loop(0, LEVELS, across_middles, scores)
         # What goes out takes the place of what came.
-        q_smem[...] = (q * decay(high, low, tokens.upto)).astype(q_smem.dtype)
-        k_smem[...] = (k * decay(high, low, ~tokens.upto)).astype(k_smem.dtype)
+        q_smem[...] = (wide(q_smem) * decay(high, low, tokens.upto)).astype(q_smem.dtype)
+        k_smem[...] = (wide(k_smem) * decay(high, low, ~tokens.upto)).astype(k_smem.dtype)
         return scores
 
     def store(block, slot):

@@ -185,3 +185,36 @@ def decayed(factor: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     """x times a factor for each place along `axis`; a factor of zero drops even what is not finite."""
     factor = across(factor, x.shape, axis)
     return jnp.where(factor == 0.0, 0.0, factor * x)
+
+
+def states_before(lay: Layout, k, v, whole, boundaries) -> jax.Array:
+    """The states before every step, in the dtype of k, [B, steps, G, K, R * V].
+
+    Args:
+      k, v: [B, time, G, K] and [B, time, units, 64], of which one is decayed to the end of its step.
+      whole: decay over a step, [B or 1, steps, G, K or 1, R * V or 1].
+      boundaries: float32 [B, N, G, K, R * V].
+    """
+    saves, states = lay.saves, [boundaries]
+
+    def fold(x):
+        """[B, steps, ...] -> [B, N, saves, ...]."""
+        x = jnp.pad(x, [(0, lay.boundaries * saves - lay.steps if axis == 1 else 0) for axis in range(x.ndim)])
+        return x.reshape(x.shape[0], lay.boundaries, saves, *x.shape[2:])
+
+    k, v = (fold(x.reshape(x.shape[0], lay.steps, STEP, lay.groups, -1)) for x in (k, v))
+    whole = fold(whole)
+    for step in range(saves - 1):
+        added = jnp.einsum("bntgk,bntgv->bngkv", k[:, :, step], v[:, :, step], preferred_element_type=jnp.float32)
+        factor = whole[:, :, step]
+        states.append(added + jnp.where(factor == 0.0, 0.0, factor * states[-1]))
+    states = jnp.stack(states, axis=2).astype(k.dtype)
+    return states.reshape(k.shape[0], -1, *lay.state)[:, : lay.steps]
+
+
+def where_it_moves(grad, reset, valid) -> jax.Array:
+    """A gradient of log decays [B, T, ...], zero where they have no effect: at resets and padding."""
+    for mask in (None if reset is None else ~reset, valid):
+        if mask is not None:
+            grad = jnp.where(mask.reshape(*mask.shape, *(1,) * (grad.ndim - 2)), grad, 0.0)
+    return grad

@@ -14,7 +14,7 @@ from pallas_kernels.gated_linear_attention import (
     mosaic_gpu_backward,
     xla,
 )
-from pallas_kernels.gated_linear_attention.mosaic_gpu import MAX_KEY, SLOTS, STEP
+from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import MAX_KEY, SLOTS, STEP
 from pallas_kernels.gated_linear_attention.shapes import MODELS
 from tests.pallas_kernels.gpu import (
     QUICK,

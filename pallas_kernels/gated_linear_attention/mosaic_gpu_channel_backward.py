@@ -1,0 +1,237 @@
+"""Gated linear attention as Mosaic GPU kernels: the backward pass with a decay per channel of the key.
+
+Never run on a GPU: interpreted, lowered and compiled only.
+
+The kernel of the forward pass makes scores and decayed queries and keys again, and XLA the states before every step, as
+with a decay per head, and the gradients of the scores: a product of the gradients of y with the values. One kernel
+walks from the last step to the first with the gradient of the state of 64 columns of a head's values in registers.
+What these columns add to the gradients of decayed queries and keys is summed outside, in float32. Another, with a block
+of threads for every step, brings these sums and the gradients of the scores back to queries, keys and log decays.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gated_linear_attention import xla
+from pallas_kernels.gated_linear_attention.mosaic_gpu_channel import (
+    LEVELS,
+    SQUARE,
+    Tokens,
+    decay,
+    decays,
+    half,
+    scores,
+    to_middle,
+)
+from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
+    SLOTS,
+    STEP,
+    Layout,
+    decayed,
+    kernel,
+    layout,
+    load_state,
+    multiply_transposed,
+    rounded,
+    states_before,
+    where_it_moves,
+    wide,
+)
+from pallas_kernels.warpgroup import walk
+from pallas_kernels.wgmma import MATRIX, ROWS, across, full, load, matrix_ref, multiply
+
+
+def slots(key: int) -> int:
+    """Steps in shared memory of the kernel that walks over time: two where they fit."""
+    return 2 if key <= 128 else 1
+
+
+def _kernel(lay: Layout, scale: float, *refs):
+    q_ref, k_ref, v_ref, dy_ref, scores_ref, whole_ref, states_ref, dstate_ref, *refs = refs
+    dq_ref, dk_ref, dv_ref, passing_ref, dbefore_ref, *refs = refs
+    *buffers, dv_smem, ds_smem, barrier = refs
+    b, g, _, unit, columns = lay.indices()
+    blocks = [slice(start, start + STEP) for start in range(0, lay.key, STEP)]
+
+    def fetch(index, slot):
+        step = lay.steps - 1 - index
+        rows = pl.ds(step * STEP, STEP)
+        sources = (
+            q_ref.at[b, rows, g],
+            k_ref.at[b, rows, g],
+            v_ref.at[b, rows, unit],
+            dy_ref.at[b, rows, unit],
+            scores_ref.at[b, g, step],
+            whole_ref.at[b, g, step],
+            states_ref.at[b, step, g, :, columns],
+        )
+        for source, buffer in zip(sources, buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], barrier.at[slot])
+
+    def body(index, slot, carry):
+        step = lay.steps - 1 - index
+        rows = pl.ds(step * STEP, STEP)
+        q, k, v, dy, within, whole, s = (buffer.at[slot] for buffer in buffers)
+        for at, ds in zip(blocks, carry, strict=True):
+            ds_smem.at[at][...] = ds.astype(ds_smem.dtype)
+        plgpu.commit_smem()
+        dv = multiply(k, ds_smem, multiply_transposed(within, dy) * scale)
+        dv_smem.at[slot][...] = dv.astype(dv_smem.dtype)
+        before_step = []
+        for at, ds in zip(blocks, carry, strict=True):
+            factor = load(whole.at[at], ROWS)
+            dq_ref.at[b, unit, rows, at][...] = multiply(dy, s.at[at], transpose=True) * scale
+            dk_ref.at[b, unit, rows, at][...] = multiply(v, ds_smem.at[at], transpose=True)
+            passing_ref.at[b, unit, step, at][...] = jnp.sum(decayed(factor, wide(s.at[at]) * ds, 0), axis=1)
+            added = multiply_transposed(q.at[:, at], dy) * scale
+            before_step.append(ds * across(factor, ds.shape, 0) + added)
+        return tuple(before_step)
+
+    def store(index, slot):
+        rows = pl.ds((lay.steps - 1 - index) * STEP, STEP)
+        plgpu.copy_smem_to_gmem(dv_smem.at[slot], dv_ref.at[b, rows, unit], commit_group=False)
+
+    start = tuple(load_state(dstate_ref.at[b, g, at, columns]) for at in blocks)
+    ds = walk(lay.steps, slots(lay.key), barrier, fetch, body, store, start)
+    for at, block in zip(blocks, ds, strict=True):
+        dbefore_ref.at[b, g, at, columns][...] = block
+
+
+def _over_time(lay: Layout, q, k, v, dy, within, whole, states, dstate, scale: float):
+    """Gradients of decayed queries and keys, v, what passes through every step by channel, and the state.
+
+    Those of queries and keys are float32 [B, G, time, K], what passes [B, G, steps, K], dv is as v.
+    """
+    batch, time, count = q.shape[0], lay.steps * STEP, slots(lay.key)
+    keys = (batch, lay.units, time, lay.key)
+    out_type = [
+        *[jax.ShapeDtypeStruct(keys, jnp.float32)] * 2,
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        jax.ShapeDtypeStruct((batch, lay.units, lay.steps, lay.key), jnp.float32),
+        jax.ShapeDtypeStruct(dstate.shape, jnp.float32),
+    ]
+    tile, rows = (count, *SQUARE), (count, STEP, lay.key)
+    scratch = [
+        *[matrix_ref(shape, q.dtype) for shape in (rows, rows, tile, tile, tile)],
+        plgpu.SMEM((count, lay.key), jnp.float32),
+        *[matrix_ref(shape, q.dtype) for shape in ((count, lay.key, STEP), tile, (lay.key, STEP))],
+        plgpu.Barrier(num_arrivals=7, num_barriers=count),
+    ]
+    run = kernel(
+        "channel_backward",
+        functools.partial(_kernel, lay, scale),
+        out_type,
+        scratch,
+        {"unit": lay.units, "batch": batch},
+    )
+    dq, dk, dv, passing, dbefore = run(q, k, v, dy, within, whole, states, dstate)
+    dq, dk, passing = (x.reshape(batch, lay.groups, -1, *x.shape[2:]).sum(axis=2) for x in (dq, dk, passing))
+    return dq, dk, dv, passing, dbefore
+
+
+def _sum_over(taken: jax.Array, x: jax.Array, ref) -> jax.Array:
+    """Sums of x [64, 64] over the rows that are taken, right to 2^-17 of what they add up; `ref` is overwritten."""
+    ones, total = jnp.where(taken, full(SQUARE, 1.0, MATRIX), 0.0).astype(ref.dtype), None
+    for part in (rounded(x), x - rounded(x)):
+        ref[...] = part.astype(ref.dtype)
+        plgpu.commit_smem()
+        total = multiply(ones, ref, total)
+    return total
+
+
+def _scores_kernel(lay: Layout, *refs):
+    q_ref, k_ref, high_ref, low_ref, dscores_ref, until_ref, after_ref, dq_ref, dk_ref, dg_ref, *refs = refs
+    *buffers, x, flow, barrier = refs
+    b, g, step = (jax.lax.axis_index(name) for name in ("batch", "group", "step"))
+    tokens, rows = Tokens(), pl.ds(step * STEP, STEP)
+    dscores = load_state(dscores_ref.at[b, g, step])
+    itself = jnp.sum(jnp.where(tokens.differ == 0, dscores, 0.0), axis=1)
+
+    def at(ref, block):
+        return ref.at[b, rows, g, pl.ds(block * STEP, STEP)]
+
+    def fetch(block, slot):
+        for source, buffer in zip((q_ref, k_ref, high_ref, low_ref), buffers, strict=True):
+            plgpu.copy_gmem_to_smem(at(source, block), buffer.at[slot], barrier.at[slot])
+
+    def body(block, slot, carry):
+        q_smem, k_smem, high, low = (buffer.at[slot] for buffer in buffers)
+        q, k = load(q_smem, MATRIX), load(k_smem, MATRIX)
+
+        def across_middles(level, grads):
+            n = half(level)
+            factor = decay(high, low, tokens.to_middle(n))
+            to_middle(tokens, n, q, k, factor, x)
+            # The products of x_n are symmetric, and so are the gradients of the scores.
+            dx = factor * multiply(jnp.where(tokens.meet(n), dscores, 0.0).astype(x.dtype), x)
+            dq, dk = grads
+            return dq + jnp.where(tokens.right(n), dx, 0.0), dk + jnp.where(tokens.right(n), 0.0, dx)
+
+        dq, dk = jax.lax.fori_loop(0, LEVELS, across_middles, (full(SQUARE, 0.0, MATRIX),) * 2)
+        columns = pl.ds(block * STEP, STEP)
+        dq += decay(high, low, tokens.upto) * load_state(until_ref.at[b, g, rows, columns])
+        departing = decay(high, low, ~tokens.upto) * load_state(after_ref.at[b, g, rows, columns])
+        q, k = wide(q_smem), wide(k_smem)
+        dg = _sum_over(tokens.j >= tokens.i, q * dq - k * dk, flow)
+        dg_ref.at[b, g, rows, columns][...] = dg + _sum_over(tokens.j < tokens.i, k * departing, flow)
+        diagonal = across(itself, SQUARE, 0)
+        q_smem[...] = (dq + diagonal * k).astype(q_smem.dtype)
+        k_smem[...] = (dk + departing + diagonal * q).astype(k_smem.dtype)
+        return carry
+
+    def store(block, slot):
+        for buffer, destination in zip(buffers[:2], (dq_ref, dk_ref), strict=True):
+            plgpu.copy_smem_to_gmem(buffer.at[slot], at(destination, block), commit_group=False)
+
+    walk(lay.key // STEP, SLOTS, barrier, fetch, body, store, None, in_place=True)
+
+
+def _through_scores(lay: Layout, q, k, high, low, dscores, until, after):
+    """Gradients of q, k [B, time, G, K] and, but for what passes through steps, of log decays [B, G, time, K].
+
+    Args:
+      q, k, high, low: as of `scores`.
+      dscores: float32 [B, G, steps, 64, 64] gradients of the scores, symmetric.
+      until, after: float32 [B, G, time, K] gradients of the decayed queries and keys.
+    """
+    scratch = [
+        *[matrix_ref((SLOTS, *SQUARE), x.dtype) for x in (q, k, high, low)],
+        matrix_ref(SQUARE, q.dtype),
+        matrix_ref(SQUARE, jnp.bfloat16),
+        plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
+    ]
+    out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, until)]
+    grid = {"step": lay.steps, "group": lay.groups, "batch": q.shape[0]}
+    run = kernel("scores_backward", functools.partial(_scores_kernel, lay), out_type, scratch, grid)
+    return run(q, k, high, low, dscores, until, after)
+
+
+def _score_gradients(lay: Layout, dy, v, scale: float) -> jax.Array:
+    """float32 [B, G, steps, 64, 64], what the lower triangle gets also above the diagonal."""
+    dy, v = (x.reshape(x.shape[0], lay.steps, STEP, lay.groups, -1) for x in (dy, v))
+    grads = scale * jnp.einsum("bsigv,bsjgv->bgsij", dy, v, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.tri(STEP, dtype=bool), grads, jnp.swapaxes(grads, 3, 4))
+
+
+def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int):
+    """Returns the gradients of (q, k, v, log_decay, state) as `xla.backward` does."""
+    lay, batch = layout(q, v, chunk_size), q.shape[0]
+    high, low, whole, seen = decays(lay, log_decay, reset, valid)
+    queries, keys, values = lay.tokens(q, valid), lay.tokens(k, valid), lay.columns(v, valid)
+    dy = lay.columns(dy.astype(v.dtype), valid)
+    within, until, after = scores(lay, queries, keys, high, low)
+    states = states_before(lay, after, values, jnp.swapaxes(whole, 1, 2)[..., None], boundaries)
+    arrays = (until, after, values, dy, within, whole, states, xla.flat(dstate, lay.groups))
+    duntil, dafter, dv, passing, dbefore = _over_time(lay, *arrays, scale)
+    duntil = jnp.where(seen.reshape(-1, 1, lay.steps * STEP, 1) == 0.0, 0.0, duntil)
+    dscores = _score_gradients(lay, dy, values, scale)
+    dq, dk, dg = _through_scores(lay, queries, keys, high, low, dscores, duntil, dafter)
+    dg = dg.reshape(batch, lay.groups, lay.steps, STEP, lay.key) + passing[:, :, :, None]
+    dg = jnp.swapaxes(dg.reshape(batch, lay.groups, -1, lay.key), 1, 2)[:, : lay.length]
+    dbefore = None if state is None else xla.unflat(dbefore, lay.heads // lay.groups)
+    dq, dk = (x[:, : lay.length] for x in (dq, dk))
+    return dq, dk, lay.from_columns(dv), where_it_moves(dg, reset, valid).astype(log_decay.dtype), dbefore
