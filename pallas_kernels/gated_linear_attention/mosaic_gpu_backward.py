@@ -23,6 +23,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
     UNTIL,
     WHOLE,
     Layout,
+    backward_slots,
     check_support,
     decayed,
     kernel,
@@ -46,11 +47,6 @@ def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     check_support(q, k, v, chunk_size)
     if chunk_size > MAX_DISTANCE:
         refuse(f"chunk_size={chunk_size} backward: it starts from states at most {MAX_DISTANCE} tokens apart")
-
-
-def slots(key: int) -> int:
-    """Steps in shared memory: two where they fit."""
-    return 2 if key <= 128 else 1
 
 
 def _kernel(lay: Layout, scale: float, shared: bool, *refs):
@@ -121,7 +117,7 @@ def _kernel(lay: Layout, scale: float, shared: bool, *refs):
 
     fill_ones(ones)
     start = tuple(load_state(dstate_ref.at[b, g, at, columns]) for at in blocks)
-    ds = walk(lay.steps, slots(lay.key), barrier, fetch, body, store, start)
+    ds = walk(lay.steps, backward_slots(lay.key), barrier, fetch, body, store, start)
     for at, block in zip(blocks, ds, strict=True):
         dbefore_ref.at[b, g, at, columns][...] = block
 
@@ -162,7 +158,7 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     added = (values * jnp.repeat(after, lay.parts, axis=-1)[..., None]).astype(v.dtype)
     states = states_before(lay, keys, added, whole, boundaries)
     arrays = (lay.tokens(q, valid), keys, values, lay.columns(dy.astype(v.dtype), valid), decays, states)
-    time, count = lay.steps * STEP, slots(lay.key)
+    time, count = lay.steps * STEP, backward_slots(lay.key)
     out_type = [
         *[jax.ShapeDtypeStruct((batch, lay.units, time, lay.key), jnp.float32)] * 2,
         jax.ShapeDtypeStruct(values.shape, v.dtype),

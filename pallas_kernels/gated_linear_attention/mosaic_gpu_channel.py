@@ -69,15 +69,15 @@ class Tokens:
         self.upto = self.j <= self.i
         self.differ = self.i ^ self.j
 
-    def right(self, n: int) -> jax.Array:
+    def right(self, n: jax.Array) -> jax.Array:
         """Whether row i is in the right half of its block of 2 n."""
         return (self.i & n) != 0
 
-    def meet(self, n: int) -> jax.Array:
-        """Whether i and j are in different halves of one block of 2 n; ."""
+    def meet(self, n: jax.Array) -> jax.Array:
+        """Whether i and j are in different halves of one block of 2 n."""
         return (self.differ >= n) & (self.differ < 2 * n)
 
-    def to_middle(self, n: int) -> jax.Array:
+    def to_middle(self, n: jax.Array) -> jax.Array:
         """Which tokens j lie between i and the middle of its block of 2 n."""
         return (self.differ < n) & ~(self.right(n) ^ self.upto)
 
@@ -93,9 +93,10 @@ def decay(high: Any, low: Any, taken: jax.Array) -> jax.Array:
     return jnp.exp(multiply(ones, high, multiply(ones, low)))
 
 
-def to_middle(tokens: Tokens, n: int, q: jax.Array, k: jax.Array, factor: jax.Array, x: Any) -> None:
-    """Writes the rows x_n from queries, keys and their decay to the middle."""
-    x[...] = (jnp.where(tokens.right(n), q, k).astype(jnp.float32) * factor).astype(x.dtype)
+def write_rows(x: Any, right: jax.Array, q: Any, k: Any, factor: jax.Array) -> None:
+    """Writes the rows x_n to shared memory: queries in right halves, keys in left ones, decayed to the middle."""
+    rows = jnp.where(right, load(q, MATRIX), load(k, MATRIX)).astype(jnp.float32)
+    x[...] = (rows * factor).astype(x.dtype)
     plgpu.commit_smem()
 
 
@@ -113,19 +114,18 @@ def _scores_kernel(lay: Layout, *refs):
             plgpu.copy_gmem_to_smem(at(source, block), buffer.at[slot], barrier.at[slot])
 
     def body(_, slot, scores):
-        q_smem, k_smem, high, low = (buffer.at[slot] for buffer in buffers)
-        scores += jnp.where(tokens.differ == 0, multiply(q_smem, k_smem, transpose=True), 0.0)
-        q, k = load(q_smem, MATRIX), load(k_smem, MATRIX)
+        q, k, high, low = (buffer.at[slot] for buffer in buffers)
+        scores += jnp.where(tokens.differ == 0, multiply(q, k, transpose=True), 0.0)
 
         def across_middles(level, scores):
             n = half(level)
-            to_middle(tokens, n, q, k, decay(high, low, tokens.to_middle(n)), x)
+            write_rows(x, tokens.right(n), q, k, decay(high, low, tokens.to_middle(n)))
             return scores + jnp.where(tokens.meet(n) & tokens.upto, multiply(x, x, transpose=True), 0.0)
 
         scores = jax.lax.fori_loop(0, LEVELS, across_middles, scores)
         # What goes out takes the place of what came.
-        q_smem[...] = (wide(q_smem) * decay(high, low, tokens.upto)).astype(q_smem.dtype)
-        k_smem[...] = (wide(k_smem) * decay(high, low, ~tokens.upto)).astype(k_smem.dtype)
+        q[...] = (wide(q) * decay(high, low, tokens.upto)).astype(q.dtype)
+        k[...] = (wide(k) * decay(high, low, ~tokens.upto)).astype(k.dtype)
         return scores
 
     def store(block, slot):

@@ -25,29 +25,24 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_channel import (
     decays,
     half,
     scores,
-    to_middle,
+    write_rows,
 )
 from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
     SLOTS,
     STEP,
     Layout,
+    backward_slots,
     decayed,
     kernel,
     layout,
     load_state,
     multiply_transposed,
-    rounded,
     states_before,
     where_it_moves,
     wide,
 )
 from pallas_kernels.warpgroup import walk
 from pallas_kernels.wgmma import MATRIX, ROWS, across, full, load, matrix_ref, multiply
-
-
-def slots(key: int) -> int:
-    """Steps in shared memory of the kernel that walks over time: two where they fit."""
-    return 2 if key <= 128 else 1
 
 
 def _kernel(lay: Layout, scale: float, *refs):
@@ -96,7 +91,7 @@ def _kernel(lay: Layout, scale: float, *refs):
         plgpu.copy_smem_to_gmem(dv_smem.at[slot], dv_ref.at[b, rows, unit], commit_group=False)
 
     start = tuple(load_state(dstate_ref.at[b, g, at, columns]) for at in blocks)
-    ds = walk(lay.steps, slots(lay.key), barrier, fetch, body, store, start)
+    ds = walk(lay.steps, backward_slots(lay.key), barrier, fetch, body, store, start)
     for at, block in zip(blocks, ds, strict=True):
         dbefore_ref.at[b, g, at, columns][...] = block
 
@@ -106,7 +101,7 @@ def _over_time(lay: Layout, q, k, v, dy, within, whole, states, dstate, scale: f
 
     Those of queries and keys are float32 [B, G, time, K], what passes [B, G, steps, K], dv is as v.
     """
-    batch, time, count = q.shape[0], lay.steps * STEP, slots(lay.key)
+    batch, time, count = q.shape[0], lay.steps * STEP, backward_slots(lay.key)
     keys = (batch, lay.units, time, lay.key)
     out_type = [
         *[jax.ShapeDtypeStruct(keys, jnp.float32)] * 2,
@@ -136,20 +131,21 @@ def _over_time(lay: Layout, q, k, v, dy, within, whole, states, dstate, scale: f
 def _sum_over(taken: jax.Array, x: jax.Array, ref) -> jax.Array:
     """Sums of x [64, 64] over the rows that are taken, right to 2^-17 of what they add up; `ref` is overwritten."""
     ones, total = jnp.where(taken, full(SQUARE, 1.0, MATRIX), 0.0).astype(ref.dtype), None
-    for part in (rounded(x), x - rounded(x)):
-        ref[...] = part.astype(ref.dtype)
+    for _ in range(2):  # the first 8 bits, and what they leave over
+        ref[...] = x.astype(ref.dtype)
         plgpu.commit_smem()
-        total = multiply(ones, ref, total)
+        total, x = multiply(ones, ref, total), x - wide(ref)
     return total
 
 
 def _scores_kernel(lay: Layout, *refs):
     q_ref, k_ref, high_ref, low_ref, dscores_ref, until_ref, after_ref, dq_ref, dk_ref, dg_ref, *refs = refs
-    *buffers, x, flow, barrier = refs
+    *buffers, dscores, x, flow, barrier, arrived = refs
     b, g, step = (jax.lax.axis_index(name) for name in ("batch", "group", "step"))
     tokens, rows = Tokens(), pl.ds(step * STEP, STEP)
-    dscores = load_state(dscores_ref.at[b, g, step])
-    itself = jnp.sum(jnp.where(tokens.differ == 0, dscores, 0.0), axis=1)
+    plgpu.copy_gmem_to_smem(dscores_ref.at[b, g, step], dscores, arrived)
+    plgpu.barrier_wait(arrived)
+    itself = jnp.sum(jnp.where(tokens.differ == 0, wide(dscores), 0.0), axis=1)
 
     def at(ref, block):
         return ref.at[b, rows, g, pl.ds(block * STEP, STEP)]
@@ -160,14 +156,13 @@ def _scores_kernel(lay: Layout, *refs):
 
     def body(block, slot, carry):
         q_smem, k_smem, high, low = (buffer.at[slot] for buffer in buffers)
-        q, k = load(q_smem, MATRIX), load(k_smem, MATRIX)
 
         def across_middles(level, grads):
             n = half(level)
             factor = decay(high, low, tokens.to_middle(n))
-            to_middle(tokens, n, q, k, factor, x)
+            write_rows(x, tokens.right(n), q_smem, k_smem, factor)
             # The products of x_n are symmetric, and so are the gradients of the scores.
-            dx = factor * multiply(jnp.where(tokens.meet(n), dscores, 0.0).astype(x.dtype), x)
+            dx = factor * multiply(jnp.where(tokens.meet(n), wide(dscores), 0.0).astype(x.dtype), x)
             dq, dk = grads
             return dq + jnp.where(tokens.right(n), dx, 0.0), dk + jnp.where(tokens.right(n), 0.0, dx)
 
@@ -195,14 +190,15 @@ def _through_scores(lay: Layout, q, k, high, low, dscores, until, after):
 
     Args:
       q, k, high, low: as of `scores`.
-      dscores: float32 [B, G, steps, 64, 64] gradients of the scores, symmetric.
+      dscores: [B, G, steps, 64, 64] gradients of the scores, symmetric.
       until, after: float32 [B, G, time, K] gradients of the decayed queries and keys.
     """
     scratch = [
         *[matrix_ref((SLOTS, *SQUARE), x.dtype) for x in (q, k, high, low)],
-        matrix_ref(SQUARE, q.dtype),
+        *[matrix_ref(SQUARE, q.dtype)] * 2,
         matrix_ref(SQUARE, jnp.bfloat16),
         plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
+        plgpu.Barrier(),
     ]
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, until)]
     grid = {"step": lay.steps, "group": lay.groups, "batch": q.shape[0]}
@@ -211,10 +207,10 @@ def _through_scores(lay: Layout, q, k, high, low, dscores, until, after):
 
 
 def _score_gradients(lay: Layout, dy, v, scale: float) -> jax.Array:
-    """float32 [B, G, steps, 64, 64], what the lower triangle gets also above the diagonal."""
+    """[B, G, steps, 64, 64], what the lower triangle gets also above the diagonal."""
     dy, v = (x.reshape(x.shape[0], lay.steps, STEP, lay.groups, -1) for x in (dy, v))
     grads = scale * jnp.einsum("bsigv,bsjgv->bgsij", dy, v, preferred_element_type=jnp.float32)
-    return jnp.where(jnp.tri(STEP, dtype=bool), grads, jnp.swapaxes(grads, 3, 4))
+    return jnp.where(jnp.tri(STEP, dtype=bool), grads, jnp.swapaxes(grads, 3, 4)).astype(v.dtype)
 
 
 def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int):

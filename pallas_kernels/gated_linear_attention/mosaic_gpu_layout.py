@@ -131,6 +131,11 @@ def layout(q, v, chunk_size: int) -> Layout:
     return Layout(length, heads, groups, key, value, chunk_size)
 
 
+def backward_slots(key: int) -> int:
+    """Steps in shared memory of the backward pass over time: two where they fit."""
+    return 2 if key <= 128 else 1
+
+
 def refuse(reason: str):
     """Raises UnsupportedError."""
     raise UnsupportedError(f"gated_linear_attention: mosaic_gpu does not serve {reason}")
