@@ -57,8 +57,8 @@ def decays(lay: Layout, log_decay, reset, valid) -> tuple[jax.Array, jax.Array, 
     whole = jnp.exp(g.reshape(g.shape[0], lay.steps, STEP, *g.shape[2:]).sum(axis=2))
     resets = jnp.zeros((1, lay.length), bool) if reset is None else reset
     seen = jnp.cumsum(lay.whole_steps(resets).reshape(-1, lay.steps, STEP), axis=2, dtype=jnp.int32) == 0
-    parts = (x.astype(jnp.bfloat16) for x in (high, g - high))
-    return *parts, jnp.swapaxes(whole, 1, 2), seen.astype(jnp.float32)
+    high, low = (x.astype(jnp.bfloat16) for x in (high, g - high))
+    return high, low, jnp.swapaxes(whole, 1, 2), seen.astype(jnp.float32)
 
 
 class Tokens:
@@ -151,7 +151,7 @@ def scores(lay: Layout, q, k, high, low) -> tuple[jax.Array, jax.Array, jax.Arra
     ]
     out_type = [jax.ShapeDtypeStruct(shape, q.dtype) for shape in shapes]
     grid = {"step": lay.steps, "group": lay.groups, "batch": batch}
-    return kernel("scores", functools.partial(_scores_kernel, lay), out_type, scratch, grid)(q, k, high, low)
+    return kernel("channel_scores", functools.partial(_scores_kernel, lay), out_type, scratch, grid)(q, k, high, low)
 
 
 def _forward_kernel(lay: Layout, scale: float, carried: bool, save: bool, shared: bool, *refs):

@@ -130,7 +130,8 @@ def _over_time(lay: Layout, q, k, v, dy, within, whole, states, dstate, scale: f
 
 def _sum_over(taken: jax.Array, x: jax.Array, ref) -> jax.Array:
     """Sums of x [64, 64] over the rows that are taken, right to 2^-17 of what they add up; `ref` is overwritten."""
-    ones, total = jnp.where(taken, full(SQUARE, 1.0, MATRIX), 0.0).astype(ref.dtype), None
+    total = full(SQUARE, 0.0, MATRIX)
+    ones = jnp.where(taken, total + 1.0, total).astype(ref.dtype)
     for _ in range(2):  # the first 8 bits, and what they leave over
         ref[...] = x.astype(ref.dtype)
         plgpu.commit_smem()
@@ -202,7 +203,7 @@ def _through_scores(lay: Layout, q, k, high, low, dscores, until, after):
     ]
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, until)]
     grid = {"step": lay.steps, "group": lay.groups, "batch": q.shape[0]}
-    run = kernel("scores_backward", functools.partial(_scores_kernel, lay), out_type, scratch, grid)
+    run = kernel("channel_scores_backward", functools.partial(_scores_kernel, lay), out_type, scratch, grid)
     return run(q, k, high, low, dscores, until, after)
 
 
