@@ -11,7 +11,7 @@ multiplies matrices. What goes from one to the other through global memory is th
 k once more, and 64 scores per token and group.
 
 The sums of log decays are matrix products with zeros and ones, as with a decay per head, of log decays in two numbers
-of 8 bits of mantissa: they are right to 2^-17 of themselves, and their exponentials to 1.4e-6.
+of 8 bits of mantissa: they are right to 2^-17 of themselves, and their exponentials to 3e-6.
 """
 
 import functools
@@ -100,7 +100,7 @@ def write_rows(x: Any, right: jax.Array, q: Any, k: Any, factor: jax.Array) -> N
     plgpu.commit_smem()
 
 
-def _scores_kernel(lay: Layout, *refs):
+def _prepare_kernel(lay: Layout, *refs):
     q_ref, k_ref, high_ref, low_ref, scores_ref, until_ref, after_ref, *refs = refs
     *buffers, x, barrier = refs
     b, g, step = (jax.lax.axis_index(name) for name in ("batch", "group", "step"))
@@ -137,10 +137,11 @@ def _scores_kernel(lay: Layout, *refs):
     scores_ref.at[b, g, step][...] = scores.astype(scores_ref.dtype)
 
 
-def scores(lay: Layout, q, k, high, low) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The products of decayed queries and keys [B, G, steps, 64, 64] without the scale, and both [B, time, G, K].
+def prepare(lay: Layout, q, k, high, low) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The scores of every step [B, G, steps, 64, 64] and decayed queries and keys [B, time, G, K].
 
-    The scores are 0 unless j <= i. Queries are decayed from the step's first token, keys to its last.
+    The scores come without the scale, 0 unless j <= i; queries are decayed from the step's first token, keys to its
+    last.
     """
     batch = q.shape[0]
     shapes = ((batch, lay.groups, lay.steps, *SQUARE), q.shape, k.shape)
@@ -151,7 +152,7 @@ def scores(lay: Layout, q, k, high, low) -> tuple[jax.Array, jax.Array, jax.Arra
     ]
     out_type = [jax.ShapeDtypeStruct(shape, q.dtype) for shape in shapes]
     grid = {"step": lay.steps, "group": lay.groups, "batch": batch}
-    return kernel("channel_scores", functools.partial(_scores_kernel, lay), out_type, scratch, grid)(q, k, high, low)
+    return kernel("channel_prepare", functools.partial(_prepare_kernel, lay), out_type, scratch, grid)(q, k, high, low)
 
 
 def _forward_kernel(lay: Layout, scale: float, carried: bool, save: bool, shared: bool, *refs):
@@ -201,7 +202,7 @@ def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size
     """Returns (y, new_state, boundaries) as `xla.forward` does."""
     lay, batch = layout(q, v, chunk_size), q.shape[0]
     high, low, whole, seen = decays(lay, log_decay, reset, valid)
-    within, until, after = scores(lay, lay.tokens(q, valid), lay.tokens(k, valid), high, low)
+    within, until, after = prepare(lay, lay.tokens(q, valid), lay.tokens(k, valid), high, low)
     arrays = [until, after, lay.columns(v, valid), within, whole, seen]
     if state is not None:
         arrays.append(xla.flat(state, lay.groups))

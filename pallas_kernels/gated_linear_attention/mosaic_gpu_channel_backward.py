@@ -2,11 +2,11 @@
 
 Never run on a GPU: interpreted, lowered and compiled only.
 
-The kernel of the forward pass makes scores and decayed queries and keys again, and XLA the states before every step, as
-with a decay per head, and the gradients of the scores: a product of the gradients of y with the values. One kernel
-walks from the last step to the first with the gradient of the state of 64 columns of a head's values in registers.
-What these columns add to the gradients of decayed queries and keys is summed outside, in float32. Another, with a block
-of threads for every step, brings these sums and the gradients of the scores back to queries, keys and log decays.
+The forward pass's kernel makes scores and decayed queries and keys again, and XLA the states before every step, as with
+a decay per head. One kernel walks from the last step to the first with the gradient of the state of 64 columns of a
+head's values in registers, and writes it out after every step in the dtype of q. From both kinds of states, y's
+gradients and values XLA makes, in products for all steps at once, the gradients of scores and of decayed queries and
+keys. Another kernel, with a block of threads for every step, brings these back to queries, keys and log decays.
 """
 
 import functools
@@ -24,7 +24,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_channel import (
     decay,
     decays,
     half,
-    scores,
+    prepare,
     write_rows,
 )
 from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
@@ -46,8 +46,8 @@ from pallas_kernels.wgmma import MATRIX, ROWS, across, full, load, matrix_ref, m
 
 
 def _kernel(lay: Layout, scale: float, *refs):
-    q_ref, k_ref, v_ref, dy_ref, scores_ref, whole_ref, states_ref, dstate_ref, *refs = refs
-    dq_ref, dk_ref, dv_ref, passing_ref, dbefore_ref, *refs = refs
+    q_ref, k_ref, dy_ref, scores_ref, whole_ref, states_ref, dstate_ref, *refs = refs
+    dv_ref, dstates_ref, passing_ref, dbefore_ref, *refs = refs
     *buffers, dv_smem, ds_smem, barrier = refs
     b, g, _, unit, columns = lay.indices()
     blocks = [slice(start, start + STEP) for start in range(0, lay.key, STEP)]
@@ -58,7 +58,6 @@ def _kernel(lay: Layout, scale: float, *refs):
         sources = (
             q_ref.at[b, rows, g],
             k_ref.at[b, rows, g],
-            v_ref.at[b, rows, unit],
             dy_ref.at[b, rows, unit],
             scores_ref.at[b, g, step],
             whole_ref.at[b, g, step],
@@ -68,27 +67,26 @@ def _kernel(lay: Layout, scale: float, *refs):
             plgpu.copy_gmem_to_smem(source, buffer.at[slot], barrier.at[slot])
 
     def body(index, slot, carry):
-        step = lay.steps - 1 - index
-        rows = pl.ds(step * STEP, STEP)
-        q, k, v, dy, within, whole, s = (buffer.at[slot] for buffer in buffers)
+        q, k, dy, within, whole, s = (buffer.at[slot] for buffer in buffers)
+        after = ds_smem.at[slot]
         for at, ds in zip(blocks, carry, strict=True):
-            ds_smem.at[at][...] = ds.astype(ds_smem.dtype)
+            after.at[at][...] = ds.astype(after.dtype)
         plgpu.commit_smem()
-        dv = multiply(k, ds_smem, multiply_transposed(within, dy) * scale)
+        dv = multiply(k, after, multiply_transposed(within, dy) * scale)
         dv_smem.at[slot][...] = dv.astype(dv_smem.dtype)
-        before_step = []
+        before = []
         for at, ds in zip(blocks, carry, strict=True):
             factor = load(whole.at[at], ROWS)
-            dq_ref.at[b, unit, rows, at][...] = multiply(dy, s.at[at], transpose=True) * scale
-            dk_ref.at[b, unit, rows, at][...] = multiply(v, ds_smem.at[at], transpose=True)
-            passing_ref.at[b, unit, step, at][...] = jnp.sum(decayed(factor, wide(s.at[at]) * ds, 0), axis=1)
-            added = multiply_transposed(q.at[:, at], dy) * scale
-            before_step.append(ds * across(factor, ds.shape, 0) + added)
-        return tuple(before_step)
+            passing = jnp.sum(decayed(factor, wide(s.at[at]) * ds, 0), axis=1)
+            passing_ref.at[b, unit, lay.steps - 1 - index, at][...] = passing
+            before.append(ds * across(factor, ds.shape, 0) + multiply_transposed(q.at[:, at], dy) * scale)
+        return tuple(before)
 
     def store(index, slot):
-        rows = pl.ds((lay.steps - 1 - index) * STEP, STEP)
+        step = lay.steps - 1 - index
+        rows = pl.ds(step * STEP, STEP)
         plgpu.copy_smem_to_gmem(dv_smem.at[slot], dv_ref.at[b, rows, unit], commit_group=False)
+        plgpu.copy_smem_to_gmem(ds_smem.at[slot], dstates_ref.at[b, step, g, :, columns], commit_group=False)
 
     start = tuple(load_state(dstate_ref.at[b, g, at, columns]) for at in blocks)
     ds = walk(lay.steps, backward_slots(lay.key), barrier, fetch, body, store, start)
@@ -96,36 +94,30 @@ def _kernel(lay: Layout, scale: float, *refs):
         dbefore_ref.at[b, g, at, columns][...] = block
 
 
-def _over_time(lay: Layout, q, k, v, dy, within, whole, states, dstate, scale: float):
-    """Gradients of decayed queries and keys, v, what passes through every step by channel, and the state.
+def _over_time(lay: Layout, q, k, dy, within, whole, states, dstate, scale: float):
+    """Gradients of v, of the states after every step, by channel of what passes through it, and of the first state.
 
-    Those of queries and keys are float32 [B, G, time, K], what passes [B, G, steps, K], dv is as v.
+    In this order as `dy`, as `states`, float32 [B, G, steps, K], and as `dstate`, [B, G, K, R * V].
     """
-    batch, time, count = q.shape[0], lay.steps * STEP, backward_slots(lay.key)
-    keys = (batch, lay.units, time, lay.key)
+    batch, count = q.shape[0], backward_slots(lay.key)
     out_type = [
-        *[jax.ShapeDtypeStruct(keys, jnp.float32)] * 2,
-        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        jax.ShapeDtypeStruct(dy.shape, dy.dtype),
+        jax.ShapeDtypeStruct(states.shape, states.dtype),
         jax.ShapeDtypeStruct((batch, lay.units, lay.steps, lay.key), jnp.float32),
         jax.ShapeDtypeStruct(dstate.shape, jnp.float32),
     ]
-    tile, rows = (count, *SQUARE), (count, STEP, lay.key)
+    tile, rows, state = (count, *SQUARE), (count, STEP, lay.key), (count, lay.key, STEP)
     scratch = [
-        *[matrix_ref(shape, q.dtype) for shape in (rows, rows, tile, tile, tile)],
+        *[matrix_ref(shape, q.dtype) for shape in (rows, rows, tile, tile)],
         plgpu.SMEM((count, lay.key), jnp.float32),
-        *[matrix_ref(shape, q.dtype) for shape in ((count, lay.key, STEP), tile, (lay.key, STEP))],
-        plgpu.Barrier(num_arrivals=7, num_barriers=count),
+        *[matrix_ref(shape, q.dtype) for shape in (state, tile, state)],
+        plgpu.Barrier(num_arrivals=6, num_barriers=count),
     ]
-    run = kernel(
-        "channel_backward",
-        functools.partial(_kernel, lay, scale),
-        out_type,
-        scratch,
-        {"unit": lay.units, "batch": batch},
-    )
-    dq, dk, dv, passing, dbefore = run(q, k, v, dy, within, whole, states, dstate)
-    dq, dk, passing = (x.reshape(batch, lay.groups, -1, *x.shape[2:]).sum(axis=2) for x in (dq, dk, passing))
-    return dq, dk, dv, passing, dbefore
+    body, grid = functools.partial(_kernel, lay, scale), {"unit": lay.units, "batch": batch}
+    run = kernel("channel_backward", body, out_type, scratch, grid)
+    dv, dstates, passing, dbefore = run(q, k, dy, within, whole, states, dstate)
+    passing = passing.reshape(batch, lay.groups, -1, *passing.shape[2:]).sum(axis=2)
+    return dv, dstates, passing, dbefore
 
 
 def _sum_over(taken: jax.Array, x: jax.Array, ref) -> jax.Array:
@@ -190,7 +182,7 @@ def _through_scores(lay: Layout, q, k, high, low, dscores, until, after):
     """Gradients of q, k [B, time, G, K] and, but for what passes through steps, of log decays [B, G, time, K].
 
     Args:
-      q, k, high, low: as of `scores`.
+      q, k, high, low: as of `prepare`.
       dscores: [B, G, steps, 64, 64] gradients of the scores, symmetric.
       until, after: float32 [B, G, time, K] gradients of the decayed queries and keys.
     """
@@ -207,11 +199,22 @@ def _through_scores(lay: Layout, q, k, high, low, dscores, until, after):
     return run(q, k, high, low, dscores, until, after)
 
 
-def _score_gradients(lay: Layout, dy, v, scale: float) -> jax.Array:
-    """[B, G, steps, 64, 64], what the lower triangle gets also above the diagonal."""
+def _products(lay: Layout, dy, v, states, dstates, seen, scale: float):
+    """Gradients of the scores, as `_through_scores` takes them, and of decayed queries and keys.
+
+    Args:
+      dy, v: [B, time, units, 64].
+      states, dstates: [B, steps, G, K, R * V], before every step, and gradients of those after it.
+      seen: as of `decays`.
+    """
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dy, v = (x.reshape(x.shape[0], lay.steps, STEP, lay.groups, -1) for x in (dy, v))
-    grads = scale * jnp.einsum("bsigv,bsjgv->bgsij", dy, v, preferred_element_type=jnp.float32)
-    return jnp.where(jnp.tri(STEP, dtype=bool), grads, jnp.swapaxes(grads, 3, 4)).astype(v.dtype)
+    dscores = scale * product("bsigv,bsjgv->bgsij", dy, v)
+    dscores = jnp.where(jnp.tri(STEP, dtype=bool), dscores, jnp.swapaxes(dscores, 3, 4)).astype(v.dtype)
+    until = scale * product("bsigv,bsgkv->bgsik", dy, states)
+    until = jnp.where(seen[:, None, ..., None] == 0.0, 0.0, until)
+    after = product("bsjgv,bsgkv->bgsjk", v, dstates)
+    return dscores, *(x.reshape(*x.shape[:2], -1, lay.key) for x in (until, after))
 
 
 def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int):
@@ -220,13 +223,12 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     high, low, whole, seen = decays(lay, log_decay, reset, valid)
     queries, keys, values = lay.tokens(q, valid), lay.tokens(k, valid), lay.columns(v, valid)
     dy = lay.columns(dy.astype(v.dtype), valid)
-    within, until, after = scores(lay, queries, keys, high, low)
+    within, until, after = prepare(lay, queries, keys, high, low)
     states = states_before(lay, after, values, jnp.swapaxes(whole, 1, 2)[..., None], boundaries)
-    arrays = (until, after, values, dy, within, whole, states, xla.flat(dstate, lay.groups))
-    duntil, dafter, dv, passing, dbefore = _over_time(lay, *arrays, scale)
-    duntil = jnp.where(seen.reshape(-1, 1, lay.steps * STEP, 1) == 0.0, 0.0, duntil)
-    dscores = _score_gradients(lay, dy, values, scale)
-    dq, dk, dg = _through_scores(lay, queries, keys, high, low, dscores, duntil, dafter)
+    arrays = (until, after, dy, within, whole, states, xla.flat(dstate, lay.groups))
+    dv, dstates, passing, dbefore = _over_time(lay, *arrays, scale)
+    products = _products(lay, dy, values, states, dstates, seen, scale)
+    dq, dk, dg = _through_scores(lay, queries, keys, high, low, *products)
     dg = dg.reshape(batch, lay.groups, lay.steps, STEP, lay.key) + passing[:, :, :, None]
     dg = jnp.swapaxes(dg.reshape(batch, lay.groups, -1, lay.key), 1, 2)[:, : lay.length]
     dbefore = None if state is None else xla.unflat(dbefore, lay.heads // lay.groups)

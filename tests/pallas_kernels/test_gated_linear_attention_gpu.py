@@ -199,7 +199,7 @@ def test_buffers_fit_in_shared_memory():
         forward = SLOTS * (2 * row + square + 2048) + row + square
         backward = slots * (3 * row + 3 * square + 2048) + row + 4 * square
         channel_forward = SLOTS * (2 * row + 2 * square + 2048) + row
-        channel_backward = slots * (3 * row + 4 * square + 1024) + row
+        channel_backward = slots * (4 * row + 3 * square + 1024)
         assert max(forward, backward, channel_forward, channel_backward) + 1024 <= SMEM
     assert SLOTS * (2 * 2 * STEP * 128 + square + 2048) + 3 * square + 1024 <= SMEM // 2 - 1024
     # Those that make scores, and walk over 64 columns of keys: two blocks at a time.
