@@ -1,4 +1,4 @@
-"""Gated linear attention as Mosaic GPU kernels: the backward pass.
+"""Gated linear attention as Mosaic GPU kernels: the backward pass without decay and with one per head.
 
 Never run on a GPU: interpreted, lowered and compiled only.
 
@@ -15,25 +15,28 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gated_linear_attention import xla
-from pallas_kernels.gated_linear_attention.mosaic_gpu import (
+from pallas_kernels.gated_linear_attention import mosaic_gpu_channel_backward, xla
+from pallas_kernels.gated_linear_attention.mosaic_gpu import fill_ones, weights
+from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
     AFTER,
     STEP,
     UNTIL,
     WHOLE,
     Layout,
+    backward_slots,
     check_support,
     decayed,
-    fill_ones,
     kernel,
     layout,
     load_state,
     multiply_transposed,
     refuse,
-    weights,
+    states_before,
+    where_it_moves,
+    wide,
 )
 from pallas_kernels.warpgroup import walk
-from pallas_kernels.wgmma import COLUMNS, MATRIX, ROWS, across, full, load, matrix_ref, multiply
+from pallas_kernels.wgmma import COLUMNS, ROWS, across, full, load, matrix_ref, multiply
 
 MAX_DISTANCE = 128  # tokens between two saved states
 ARRIVING, LEAVING, DEPARTING, PASSING = range(4)  # rows of the flows through the decays, see `_decay_gradient`
@@ -41,19 +44,9 @@ ARRIVING, LEAVING, DEPARTING, PASSING = range(4)  # rows of the flows through th
 
 def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int) -> None:
     """Raises UnsupportedError where `backward` does not serve an argument."""
-    check_support(q, k, v, log_decay, chunk_size)
+    check_support(q, k, v, chunk_size)
     if chunk_size > MAX_DISTANCE:
         refuse(f"chunk_size={chunk_size} backward: it starts from states at most {MAX_DISTANCE} tokens apart")
-
-
-def slots(key: int) -> int:
-    """Steps in shared memory: two where they fit."""
-    return 2 if key <= 128 else 1
-
-
-def wide(ref) -> jax.Array:
-    """float32 matrix of 16-bit shared memory, as the accumulator of a product."""
-    return load(ref, MATRIX).astype(jnp.float32)
 
 
 def _kernel(lay: Layout, scale: float, shared: bool, *refs):
@@ -124,40 +117,9 @@ def _kernel(lay: Layout, scale: float, shared: bool, *refs):
 
     fill_ones(ones)
     start = tuple(load_state(dstate_ref.at[b, g, at, columns]) for at in blocks)
-    ds = walk(lay.steps, slots(lay.key), barrier, fetch, body, store, start)
+    ds = walk(lay.steps, backward_slots(lay.key), barrier, fetch, body, store, start)
     for at, block in zip(blocks, ds, strict=True):
         dbefore_ref.at[b, g, at, columns][...] = block
-
-
-def _states(lay: Layout, k, v, decays, boundaries) -> jax.Array:
-    """The states before every step, in the dtype of k, [B, steps, G, K, R * V].
-
-    Args:
-      k: [B, time, G, K], zero at padding.
-      v: [B, time, units, 64], zero at padding.
-      decays: as of `Layout.decays`.
-      boundaries: float32 [B, N, G, K, R * V].
-    """
-    batch, saves, states = k.shape[0], lay.saves, [boundaries]
-
-    def fold(x, *shape: int):
-        """[B, steps, ...] -> [B, N, saves, *shape]."""
-        x = jnp.pad(x, [(0, lay.boundaries * saves - lay.steps if axis == 1 else 0) for axis in range(x.ndim)])
-        return x.reshape(x.shape[0], lay.boundaries, saves, *shape)
-
-    decays = jnp.moveaxis(decays, 1, -1)  # [B or 1, steps, 6, 64, H]
-    after, whole = (fold(decays[:, :, row], STEP, lay.heads, 1) for row in (AFTER, WHOLE))
-    k, v = (x.reshape(batch, lay.steps, STEP, -1) for x in (k, v))
-    k, v = fold(k, STEP, lay.groups, lay.key), fold(v, STEP, lay.heads, lay.value)
-    for step in range(saves - 1):
-        added = (v[:, :, step] * after[:, :, step]).astype(v.dtype)
-        added = added.reshape(*added.shape[:3], lay.groups, -1)
-        new = jnp.einsum("bntgk,bntgv->bngkv", k[:, :, step], added, preferred_element_type=jnp.float32)
-        factor = jnp.repeat(whole[:, :, step, 0], lay.value, axis=-1)  # [B or 1, N, H, V]
-        factor = factor.reshape(*factor.shape[:2], lay.groups, 1, -1)
-        states.append(new + jnp.where(factor == 0.0, 0.0, factor * states[-1]))
-    states = jnp.stack(states, axis=2).astype(k.dtype)
-    return states.reshape(batch, -1, *lay.state)[:, : lay.steps]
 
 
 def _decay_gradient(lay: Layout, flows, log_decay, reset, valid) -> jax.Array:
@@ -175,8 +137,7 @@ def _decay_gradient(lay: Layout, flows, log_decay, reset, valid) -> jax.Array:
     grad = jax.lax.cumsum(within, axis=within.ndim - 1, reverse=True) + jnp.cumsum(before, axis=-1)
     grad = grad + flows[..., PASSING, :].sum(axis=-1, keepdims=True)
     grad = jnp.swapaxes(grad.reshape(*grad.shape[:2], -1), 1, 2)[:, : lay.length]
-    for mask in (None if reset is None else ~reset, valid):  # elsewhere the log decay has no effect
-        grad = grad if mask is None else jnp.where(mask[..., None], grad, 0.0)
+    grad = where_it_moves(grad, reset, valid)
     return (grad.sum(axis=(0, 1)) if log_decay.ndim == 1 else grad).astype(log_decay.dtype)
 
 
@@ -185,12 +146,19 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     if q.shape[1] == 1:
         arrays = (q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate)
         return xla.backward(*arrays, scale=scale, chunk_size=chunk_size)
+    if log_decay is not None and log_decay.ndim == 4:
+        arrays = (q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate)
+        return mosaic_gpu_channel_backward.backward(*arrays, scale=scale, chunk_size=chunk_size)
     lay, batch = layout(q, v, chunk_size), q.shape[0]
     decays = lay.decays(log_decay, reset, valid)
     keys, values = lay.tokens(k, valid), lay.columns(v, valid)
-    states = _states(lay, keys, values, decays, boundaries)
+    after = jnp.moveaxis(decays[:, :, :, AFTER], 1, -1).reshape(-1, lay.steps * STEP, lay.heads)
+    whole = jnp.repeat(jnp.swapaxes(decays[:, :, :, WHOLE, 0], 1, 2), lay.value, axis=-1)
+    whole = whole.reshape(-1, lay.steps, lay.groups, 1, lay.state[2])
+    added = (values * jnp.repeat(after, lay.parts, axis=-1)[..., None]).astype(v.dtype)
+    states = states_before(lay, keys, added, whole, boundaries)
     arrays = (lay.tokens(q, valid), keys, values, lay.columns(dy.astype(v.dtype), valid), decays, states)
-    time, count = lay.steps * STEP, slots(lay.key)
+    time, count = lay.steps * STEP, backward_slots(lay.key)
     out_type = [
         *[jax.ShapeDtypeStruct((batch, lay.units, time, lay.key), jnp.float32)] * 2,
         jax.ShapeDtypeStruct(values.shape, v.dtype),
@@ -208,7 +176,9 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     ]
     body = functools.partial(_kernel, lay, scale, decays.shape[0] == 1)
     arrays = (*arrays, xla.flat(dstate, lay.groups))
-    dq, dk, dv, flows, dbefore = kernel("backward", body, out_type, scratch, lay, batch)(*arrays)
+    dq, dk, dv, flows, dbefore = kernel("backward", body, out_type, scratch, {"unit": lay.units, "batch": batch})(
+        *arrays
+    )
     dq, dk = (x.reshape(batch, lay.groups, -1, time, lay.key).sum(axis=2) for x in (dq, dk))
     dq, dk = (jnp.swapaxes(x, 1, 2)[:, : lay.length] for x in (dq, dk))
     dlog_decay = None if log_decay is None else _decay_gradient(lay, flows, log_decay, reset, valid)

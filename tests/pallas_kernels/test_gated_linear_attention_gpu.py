@@ -12,9 +12,10 @@ from pallas_kernels.gated_linear_attention import (
     gated_linear_attention,
     mosaic_gpu,
     mosaic_gpu_backward,
+    mosaic_gpu_layout,
     xla,
 )
-from pallas_kernels.gated_linear_attention.mosaic_gpu import MAX_KEY, SLOTS, STEP
+from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import MAX_KEY, SLOTS, STEP
 from pallas_kernels.gated_linear_attention.shapes import MODELS
 from tests.pallas_kernels.gpu import (
     QUICK,
@@ -38,6 +39,7 @@ from tests.pallas_kernels.test_gated_linear_attention import (
 )
 
 SMEM = 227 * 1024  # what a block of threads may use
+FORMS = ("head", "channel")  # of log decays: they have kernels of their own
 BFLOAT16_STATE_TOLERANCE = 2.0**-7  # what enters a state is rounded for the matrix unit
 
 
@@ -99,41 +101,50 @@ def check(args, reset=None, valid=None, **options):
         ("constant", STEP, 2, 2, 64, 64, {"scale": -0.7}),
         ("none", STEP + 1, 2, 1, 64, 64, {"chunk_size": 64}),
         ("head", 2 * STEP + 3, 2, 1, 128, 128, {}),  # blocks of rows and of columns, a state from one that was saved
+        ("channel", 2, 1, 1, 64, 64, {}),
+        ("channel", STEP - 1, 1, 1, 64, 128, {}),
+        ("channel", STEP, 2, 2, 64, 64, {"scale": -0.7}),
+        ("channel", STEP + 1, 2, 1, 64, 64, {"chunk_size": 64}),
+        ("channel", 2 * STEP + 3, 2, 1, 128, 64, {}),
     ],
 )
 def test_any_length_decay_and_width(decay, length, heads, groups, key, value, options):
     args = draw(decay, 2 if length == STEP else 1, length, heads=heads, groups=groups, key=key, value=value)
-    if decay == "none":
+    if decay == "none" or length == 2:
         args["state"] = None
     check(args, **options)
 
 
-def test_one_slot_of_shared_memory():
+@pytest.mark.parametrize("decay", FORMS)
+def test_one_slot_of_shared_memory(decay):
     """Keys so wide that the backward kernel holds one step at a time."""
-    assert mosaic_gpu_backward.slots(192) == 1
-    check(draw("head", 1, STEP + 9, heads=1, groups=1, key=192, value=64))
+    assert mosaic_gpu_layout.backward_slots(192) == 1
+    check(draw(decay, 1, STEP + 9, heads=1, groups=1, key=192, value=64))
 
 
-def test_packed_documents():
-    args = draw("head", 2, 2 * STEP + 5, heads=1, groups=1, key=64, value=64)
+@pytest.mark.parametrize("decay", FORMS)
+def test_packed_documents(decay):
+    args = draw(decay, 2, 2 * STEP + 5, heads=1, groups=1, key=64, value=64)
     check(args, *masks("packed", 2, 2 * STEP + 5))
 
 
-def test_poisoned_padding():
+@pytest.mark.parametrize("decay", FORMS)
+def test_poisoned_padding(decay):
     """On the left, on the right, between documents, and nothing else."""
     rows = (("left", 1), ("right", 1), ("between", 0), ("between", 1), ("empty", 0))
     drawn = [[mask[row] for mask in masks(layout, 2, STEP + 5)] for layout, row in rows]
     reset, valid = (np.stack(mask) for mask in zip(*drawn, strict=True))
-    check(draw("head", len(rows), STEP + 5, heads=1, groups=1, key=64, value=64), reset, valid)
+    check(draw(decay, len(rows), STEP + 5, heads=1, groups=1, key=64, value=64), reset, valid)
 
 
-def test_decays_of_every_size():
+@pytest.mark.parametrize("decay", FORMS)
+def test_decays_of_every_size(decay):
     """Those that clear the state or hardly change it, side by side: nothing overflows and nothing cancels."""
-    args = draw("head", 1, STEP + 7, heads=1, groups=1, key=64, value=64)
+    args = draw(decay, 1, STEP + 7, heads=1, groups=1, key=64, value=64)
     rng = np.random.default_rng(3)
-    mix = [-np.inf, -2000.0, -80.0, -3.0, -0.1, -1e-6, -1e-12, 0.0]
+    mix = [-np.inf, -1e4, -50.0, -3.0, -0.1, -1e-6, -1e-12, 0.0]
     args["log_decay"] = rng.choice(mix, size=args["log_decay"].shape).astype(np.float32)
-    args["log_decay"][:, -30:] = rng.choice(mix[4:], size=(1, 30, 1))
+    args["log_decay"][:, -30:] = rng.choice(mix[4:], size=args["log_decay"][:, -30:].shape)
     cotangents = draw_cotangents(args)
     out, _, actual = call(args, cotangents)
     expected = loop_backward(args | {"log_decay": np.maximum(args["log_decay"], -1e4)}, cotangents)
@@ -141,8 +152,9 @@ def test_decays_of_every_size():
     assert_close(actual, expected, GRADIENT_TOLERANCE)
 
 
-def test_a_reset_drops_even_a_state_that_is_not_finite():
-    args, start = draw("head", 1, 9, heads=1, groups=1, key=64, value=64), 3
+@pytest.mark.parametrize("decay", FORMS)
+def test_a_reset_drops_even_a_state_that_is_not_finite(decay):
+    args, start = draw(decay, 1, 9, heads=1, groups=1, key=64, value=64), 3
     args["state"][:] = np.nan
     reset = np.arange(9)[None] == start
     (dy, dstate), fresh = draw_cotangents(args), {n: args[n][:, start:] for n in by_token(args)}
@@ -155,8 +167,9 @@ def test_a_reset_drops_even_a_state_that_is_not_finite():
         assert_close(actual[name][:, start:], gradients[name], GRADIENT_TOLERANCE, name)
 
 
-def test_bfloat16_through_the_op():
-    args = draw("head", 1, 70, heads=2, groups=1, key=64, value=64)
+@pytest.mark.parametrize("decay", FORMS)
+def test_bfloat16_through_the_op(decay):
+    args = draw(decay, 1, 70, heads=2, groups=1, key=64, value=64)
     half = {n: a if n in ("state", "log_decay") else jnp.asarray(a, jnp.bfloat16) for n, a in args.items()}
     rounded = {n: np.asarray(a, np.float32) for n, a in half.items()}
     dy, dstate = draw_cotangents(args)
@@ -180,21 +193,28 @@ def test_bfloat16_through_the_op():
 
 
 def test_buffers_fit_in_shared_memory():
+    square = 2 * STEP * STEP
     for key in range(STEP, MAX_KEY + 1, STEP):
-        square, row = 2 * STEP * STEP, 2 * STEP * key
+        row, slots = 2 * STEP * key, mosaic_gpu_layout.backward_slots(key)
         forward = SLOTS * (2 * row + square + 2048) + row + square
-        backward = mosaic_gpu_backward.slots(key) * (3 * row + 3 * square + 2048) + row + 4 * square
-        assert max(forward, backward) + 1024 <= SMEM
-    assert SLOTS * (2 * 2 * STEP * 128 + 2 * STEP * STEP + 2048) + 3 * 2 * STEP * STEP + 1024 <= SMEM // 2 - 1024
+        backward = slots * (3 * row + 3 * square + 2048) + row + 4 * square
+        channel_forward = SLOTS * (2 * row + 2 * square + 2048) + row
+        channel_backward = slots * (4 * row + 3 * square + 1024)
+        assert max(forward, backward, channel_forward, channel_backward) + 1024 <= SMEM
+    assert SLOTS * (2 * 2 * STEP * 128 + square + 2048) + 3 * square + 1024 <= SMEM // 2 - 1024
+    # Those that make scores, and walk over 64 columns of keys: two blocks at a time.
+    assert SLOTS * 4 * square + 3 * square + 1024 <= SMEM // 2 - 1024
 
 
 def served(shape) -> bool:
-    return shape.decay != "channel" and shape.key % STEP == 0 and shape.value % STEP == 0
+    return shape.key % STEP == 0 and shape.value % STEP == 0
 
 
 @pytest.mark.parametrize("name", [name for name, shape in MODELS.items() if served(shape)])
 def test_lowers_at_every_shape_it_serves(name):
-    kernels = 0 if MODELS[name].time == 1 else 2  # XLA decodes
+    kernels = 5 if MODELS[name].decay == "channel" else 2
+    if MODELS[name].time == 1:  # XLA decodes
+        kernels = 0
     assert count_kernels(lower_op(gated_linear_attention, MODELS[name])) == kernels
 
 
@@ -232,7 +252,6 @@ def test_lowers_under_transformations():
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        ({"decay": "channel"}, {}, "log_decay per channel"),
         ({"dtype": jnp.float32}, {}, "q of dtype float32: the matrix units would round"),
         ({"dtype": jnp.float16}, {}, "q of dtype float16: a state may exceed its range"),
         ({"key": 96}, {}, "widths K=96, V=64"),
@@ -252,3 +271,5 @@ def test_the_kernels_serve_by_name_alone():
     assert lower(abstract()) == 2
     assert lower(abstract(), None) == 0
     assert lower(abstract(), chunk_size=64) == 2
+    assert lower(abstract("channel")) == 5
+    assert lower(abstract("channel"), None) == 0

@@ -1,0 +1,236 @@
+"""Gated linear attention as Mosaic GPU kernels: the backward pass with a decay per channel of the key.
+
+Never run on a GPU: interpreted, lowered and compiled only.
+
+The forward pass's kernel makes scores and decayed queries and keys again, and XLA the states before every step, as with
+a decay per head. One kernel walks from the last step to the first with the gradient of the state of 64 columns of a
+head's values in registers, and writes it out after every step in the dtype of q. From both kinds of states, y's
+gradients and values XLA makes, in products for all steps at once, the gradients of scores and of decayed queries and
+keys. Another kernel, with a block of threads for every step, brings these back to queries, keys and log decays.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gated_linear_attention import xla
+from pallas_kernels.gated_linear_attention.mosaic_gpu_channel import (
+    LEVELS,
+    SQUARE,
+    Tokens,
+    decay,
+    decays,
+    half,
+    prepare,
+    write_rows,
+)
+from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
+    SLOTS,
+    STEP,
+    Layout,
+    backward_slots,
+    decayed,
+    kernel,
+    layout,
+    load_state,
+    multiply_transposed,
+    states_before,
+    where_it_moves,
+    wide,
+)
+from pallas_kernels.warpgroup import walk
+from pallas_kernels.wgmma import MATRIX, ROWS, across, full, load, matrix_ref, multiply
+
+
+def _kernel(lay: Layout, scale: float, *refs):
+    q_ref, k_ref, dy_ref, scores_ref, whole_ref, states_ref, dstate_ref, *refs = refs
+    dv_ref, dstates_ref, passing_ref, dbefore_ref, *refs = refs
+    *buffers, dv_smem, ds_smem, barrier = refs
+    b, g, _, unit, columns = lay.indices()
+    blocks = [slice(start, start + STEP) for start in range(0, lay.key, STEP)]
+
+    def fetch(index, slot):
+        step = lay.steps - 1 - index
+        rows = pl.ds(step * STEP, STEP)
+        sources = (
+            q_ref.at[b, rows, g],
+            k_ref.at[b, rows, g],
+            dy_ref.at[b, rows, unit],
+            scores_ref.at[b, g, step],
+            whole_ref.at[b, g, step],
+            states_ref.at[b, step, g, :, columns],
+        )
+        for source, buffer in zip(sources, buffers, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], barrier.at[slot])
+
+    def body(index, slot, carry):
+        q, k, dy, within, whole, s = (buffer.at[slot] for buffer in buffers)
+        after = ds_smem.at[slot]
+        for at, ds in zip(blocks, carry, strict=True):
+            after.at[at][...] = ds.astype(after.dtype)
+        plgpu.commit_smem()
+        dv = multiply(k, after, multiply_transposed(within, dy) * scale)
+        dv_smem.at[slot][...] = dv.astype(dv_smem.dtype)
+        before = []
+        for at, ds in zip(blocks, carry, strict=True):
+            factor = load(whole.at[at], ROWS)
+            passing = jnp.sum(decayed(factor, wide(s.at[at]) * ds, 0), axis=1)
+            passing_ref.at[b, unit, lay.steps - 1 - index, at][...] = passing
+            before.append(ds * across(factor, ds.shape, 0) + multiply_transposed(q.at[:, at], dy) * scale)
+        return tuple(before)
+
+    def store(index, slot):
+        step = lay.steps - 1 - index
+        rows = pl.ds(step * STEP, STEP)
+        plgpu.copy_smem_to_gmem(dv_smem.at[slot], dv_ref.at[b, rows, unit], commit_group=False)
+        plgpu.copy_smem_to_gmem(ds_smem.at[slot], dstates_ref.at[b, step, g, :, columns], commit_group=False)
+
+    start = tuple(load_state(dstate_ref.at[b, g, at, columns]) for at in blocks)
+    ds = walk(lay.steps, backward_slots(lay.key), barrier, fetch, body, store, start)
+    for at, block in zip(blocks, ds, strict=True):
+        dbefore_ref.at[b, g, at, columns][...] = block
+
+
+def _over_time(lay: Layout, q, k, dy, within, whole, states, dstate, scale: float):
+    """Gradients of v, of the states after every step, by channel of what passes through it, and of the first state.
+
+    In this order as `dy`, as `states`, float32 [B, G, steps, K], and as `dstate`, [B, G, K, R * V].
+    """
+    batch, count = q.shape[0], backward_slots(lay.key)
+    out_type = [
+        jax.ShapeDtypeStruct(dy.shape, dy.dtype),
+        jax.ShapeDtypeStruct(states.shape, states.dtype),
+        jax.ShapeDtypeStruct((batch, lay.units, lay.steps, lay.key), jnp.float32),
+        jax.ShapeDtypeStruct(dstate.shape, jnp.float32),
+    ]
+    tile, rows, state = (count, *SQUARE), (count, STEP, lay.key), (count, lay.key, STEP)
+    scratch = [
+        *[matrix_ref(shape, q.dtype) for shape in (rows, rows, tile, tile)],
+        plgpu.SMEM((count, lay.key), jnp.float32),
+        *[matrix_ref(shape, q.dtype) for shape in (state, tile, state)],
+        plgpu.Barrier(num_arrivals=6, num_barriers=count),
+    ]
+    body, grid = functools.partial(_kernel, lay, scale), {"unit": lay.units, "batch": batch}
+    run = kernel("channel_backward", body, out_type, scratch, grid)
+    dv, dstates, passing, dbefore = run(q, k, dy, within, whole, states, dstate)
+    passing = passing.reshape(batch, lay.groups, -1, *passing.shape[2:]).sum(axis=2)
+    return dv, dstates, passing, dbefore
+
+
+def _sum_over(taken: jax.Array, x: jax.Array, ref) -> jax.Array:
+    """Sums of x [64, 64] over the rows that are taken, right to 2^-17 of what they add up; `ref` is overwritten."""
+    total = full(SQUARE, 0.0, MATRIX)
+    ones = jnp.where(taken, total + 1.0, total).astype(ref.dtype)
+    for _ in range(2):  # the first 8 bits, and what they leave over
+        ref[...] = x.astype(ref.dtype)
+        plgpu.commit_smem()
+        total, x = multiply(ones, ref, total), x - wide(ref)
+    return total
+
+
+def _scores_kernel(lay: Layout, *refs):
+    q_ref, k_ref, high_ref, low_ref, dscores_ref, until_ref, after_ref, dq_ref, dk_ref, dg_ref, *refs = refs
+    *buffers, dscores, x, flow, barrier, arrived = refs
+    b, g, step = (jax.lax.axis_index(name) for name in ("batch", "group", "step"))
+    tokens, rows = Tokens(), pl.ds(step * STEP, STEP)
+    plgpu.copy_gmem_to_smem(dscores_ref.at[b, g, step], dscores, arrived)
+    plgpu.barrier_wait(arrived)
+    itself = jnp.sum(jnp.where(tokens.differ == 0, wide(dscores), 0.0), axis=1)
+
+    def at(ref, block):
+        return ref.at[b, rows, g, pl.ds(block * STEP, STEP)]
+
+    def fetch(block, slot):
+        for source, buffer in zip((q_ref, k_ref, high_ref, low_ref), buffers, strict=True):
+            plgpu.copy_gmem_to_smem(at(source, block), buffer.at[slot], barrier.at[slot])
+
+    def body(block, slot, carry):
+        q_smem, k_smem, high, low = (buffer.at[slot] for buffer in buffers)
+
+        def across_middles(level, grads):
+            n = half(level)
+            factor = decay(high, low, tokens.to_middle(n))
+            write_rows(x, tokens.right(n), q_smem, k_smem, factor)
+            # The products of x_n are symmetric, and so are the gradients of the scores.
+            dx = factor * multiply(jnp.where(tokens.meet(n), wide(dscores), 0.0).astype(x.dtype), x)
+            dq, dk = grads
+            return dq + jnp.where(tokens.right(n), dx, 0.0), dk + jnp.where(tokens.right(n), 0.0, dx)
+
+        dq, dk = jax.lax.fori_loop(0, LEVELS, across_middles, (full(SQUARE, 0.0, MATRIX),) * 2)
+        columns = pl.ds(block * STEP, STEP)
+        dq += decay(high, low, tokens.upto) * load_state(until_ref.at[b, g, rows, columns])
+        departing = decay(high, low, ~tokens.upto) * load_state(after_ref.at[b, g, rows, columns])
+        q, k = wide(q_smem), wide(k_smem)
+        dg = _sum_over(tokens.j >= tokens.i, q * dq - k * dk, flow)
+        dg_ref.at[b, g, rows, columns][...] = dg + _sum_over(tokens.j < tokens.i, k * departing, flow)
+        diagonal = across(itself, SQUARE, 0)
+        q_smem[...] = (dq + diagonal * k).astype(q_smem.dtype)
+        k_smem[...] = (dk + departing + diagonal * q).astype(k_smem.dtype)
+        return carry
+
+    def store(block, slot):
+        for buffer, destination in zip(buffers[:2], (dq_ref, dk_ref), strict=True):
+            plgpu.copy_smem_to_gmem(buffer.at[slot], at(destination, block), commit_group=False)
+
+    walk(lay.key // STEP, SLOTS, barrier, fetch, body, store, None, in_place=True)
+
+
+def _through_scores(lay: Layout, q, k, high, low, dscores, until, after):
+    """Gradients of q, k [B, time, G, K] and, but for what passes through steps, of log decays [B, G, time, K].
+
+    Args:
+      q, k, high, low: as of `prepare`.
+      dscores: [B, G, steps, 64, 64] gradients of the scores, symmetric.
+      until, after: float32 [B, G, time, K] gradients of the decayed queries and keys.
+    """
+    scratch = [
+        *[matrix_ref((SLOTS, *SQUARE), x.dtype) for x in (q, k, high, low)],
+        *[matrix_ref(SQUARE, q.dtype)] * 2,
+        matrix_ref(SQUARE, jnp.bfloat16),
+        plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
+        plgpu.Barrier(),
+    ]
+    out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, until)]
+    grid = {"step": lay.steps, "group": lay.groups, "batch": q.shape[0]}
+    run = kernel("channel_scores_backward", functools.partial(_scores_kernel, lay), out_type, scratch, grid)
+    return run(q, k, high, low, dscores, until, after)
+
+
+def _products(lay: Layout, dy, v, states, dstates, seen, scale: float):
+    """Gradients of the scores, as `_through_scores` takes them, and of decayed queries and keys.
+
+    Args:
+      dy, v: [B, time, units, 64].
+      states, dstates: [B, steps, G, K, R * V], before every step, and gradients of those after it.
+      seen: as of `decays`.
+    """
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dy, v = (x.reshape(x.shape[0], lay.steps, STEP, lay.groups, -1) for x in (dy, v))
+    dscores = scale * product("bsigv,bsjgv->bgsij", dy, v)
+    dscores = jnp.where(jnp.tri(STEP, dtype=bool), dscores, jnp.swapaxes(dscores, 3, 4)).astype(v.dtype)
+    until = scale * product("bsigv,bsgkv->bgsik", dy, states)
+    until = jnp.where(seen[:, None, ..., None] == 0.0, 0.0, until)
+    after = product("bsjgv,bsgkv->bgsjk", v, dstates)
+    return dscores, *(x.reshape(*x.shape[:2], -1, lay.key) for x in (until, after))
+
+
+def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int):
+    """Returns the gradients of (q, k, v, log_decay, state) as `xla.backward` does."""
+    lay, batch = layout(q, v, chunk_size), q.shape[0]
+    high, low, whole, seen = decays(lay, log_decay, reset, valid)
+    queries, keys, values = lay.tokens(q, valid), lay.tokens(k, valid), lay.columns(v, valid)
+    dy = lay.columns(dy.astype(v.dtype), valid)
+    within, until, after = prepare(lay, queries, keys, high, low)
+    states = states_before(lay, after, values, jnp.swapaxes(whole, 1, 2)[..., None], boundaries)
+    arrays = (until, after, dy, within, whole, states, xla.flat(dstate, lay.groups))
+    dv, dstates, passing, dbefore = _over_time(lay, *arrays, scale)
+    products = _products(lay, dy, values, states, dstates, seen, scale)
+    dq, dk, dg = _through_scores(lay, queries, keys, high, low, *products)
+    dg = dg.reshape(batch, lay.groups, lay.steps, STEP, lay.key) + passing[:, :, :, None]
+    dg = jnp.swapaxes(dg.reshape(batch, lay.groups, -1, lay.key), 1, 2)[:, : lay.length]
+    dbefore = None if state is None else xla.unflat(dbefore, lay.heads // lay.groups)
+    dq, dk = (x[:, : lay.length] for x in (dq, dk))
+    return dq, dk, lay.from_columns(dv), where_it_moves(dg, reset, valid).astype(log_decay.dtype), dbefore
