@@ -91,8 +91,8 @@ class Mamba2:
                 f"Mamba2.norm_groups={self.norm_groups or self.groups} must divide heads * head_width={self.inner}"
             )
         limit = self.dt_limit
-        if len(limit) != 2 or not 0 <= limit[0] <= limit[1] or limit[1] == 0:
-            raise ValueError(f"Mamba2.dt_limit must be (low, high) with 0 <= low <= high, high > 0; got {limit}")
+        if not isinstance(limit, tuple) or len(limit) != 2 or not 0 <= limit[0] <= limit[1] or limit[1] == 0:
+            raise ValueError(f"Mamba2.dt_limit must be a tuple (low, high), 0 <= low <= high, high > 0; got {limit}")
         if not 0 < self.a_min <= self.a_max:
             raise ValueError(f"Mamba2 needs 0 < a_min <= a_max, got a_min={self.a_min} and a_max={self.a_max}")
 

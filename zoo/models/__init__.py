@@ -1,6 +1,6 @@
 """The pattern-driven language model and its families."""
 
-from zoo.models import dense, mamba, mamba2, samba
+from zoo.models import dense, mamba, mamba2, mamba2_hybrid, samba
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -16,6 +16,7 @@ __all__ = [
     "list_models",
     "mamba",
     "mamba2",
+    "mamba2_hybrid",
     "samba",
     "unroll",
 ]

@@ -58,7 +58,7 @@ def mamba2(
         conv_width=conv_width,
         conv_bias=conv_bias,
         bias=bias,
-        dt_limit=tuple(dt_limit),
+        dt_limit=dt_limit,
         skip=skip,
         norm=norm if gated_norm else None,
         norm_groups=norm_groups,
