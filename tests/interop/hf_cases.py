@@ -46,7 +46,7 @@ def _mamba(**config: Any) -> Case:
 
 def _mamba2(**config: Any) -> dict[str, Any]:
     base = {name: BASE[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    return {**base, "num_hidden_layers": 3, "state_size": 5, "head_dim": 8, "chunk_size": 4, **config}
+    return {**base, "num_hidden_layers": 3, "state_size": 5, "head_dim": 8, **config}
 
 
 LLAMA3 = _rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -141,7 +141,6 @@ CASES: Mapping[str, Case] = {
         use_bias=True,
         time_step_min=0.3,
         layer_norm_epsilon=1e-3,
-        chunk_size=4,
     ),
     "nemotron_h_pattern": _case(
         "nemotron_h",
@@ -152,7 +151,6 @@ CASES: Mapping[str, Case] = {
         n_groups=2,
         ssm_state_size=3,
         use_conv_bias=False,
-        chunk_size=4,
     ),
 }
 

@@ -80,8 +80,7 @@ def test_initialisation():
         ({"norm": None, "norm_before_gate": True}, "need a norm"),
         ({"norm_groups": 3}, "norm_groups=3 must divide heads [*] head_width=32"),
         ({"conv_width": 1}, "conv_width must be >= 2"),
-        ({"state": 0}, "state must be >= 1"),
-        ({"mlp": -1}, "mlp must be >= 0"),
+        ({"groups": 0}, "groups=0 must divide heads=4"),
         ({"a_min": 0.0}, "0 < a_min <= a_max"),
     ],
 )

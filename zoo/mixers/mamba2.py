@@ -73,23 +73,15 @@ class Mamba2:
 
     def __post_init__(self):
         check_choice("Mamba2.skip", self.skip, ("head", "channel"))
-        for name in ("heads", "head_width", "groups", "state"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Mamba2.{name} must be >= 1, got {getattr(self, name)}")
+        if self.groups < 1 or self.heads % self.groups:
+            divisors = [g for g in range(1, self.heads + 1) if self.heads % g == 0]
+            raise ValueError(f"Mamba2.groups={self.groups} must divide heads={self.heads}: one of {divisors}")
         if self.conv_width < 2:
             raise ValueError(f"Mamba2.conv_width must be >= 2, got {self.conv_width}")
-        if self.mlp < 0:
-            raise ValueError(f"Mamba2.mlp must be >= 0, got {self.mlp}")
-        if self.heads % self.groups:
-            raise ValueError(
-                f"Mamba2.groups={self.groups} must divide heads={self.heads}: one of {_divisors(self.heads)}"
-            )
         if self.norm is None and (self.norm_before_gate or self.norm_groups is not None):
             raise ValueError("Mamba2.norm_before_gate and Mamba2.norm_groups need a norm, got norm=None")
-        if self.norm is not None and self.inner % (self.norm_groups or self.groups):
-            raise ValueError(
-                f"Mamba2.norm_groups={self.norm_groups or self.groups} must divide heads * head_width={self.inner}"
-            )
+        if self.norm_groups is not None and (self.norm_groups < 1 or self.inner % self.norm_groups):
+            raise ValueError(f"Mamba2.norm_groups={self.norm_groups} must divide heads * head_width={self.inner}")
         limit = self.dt_limit
         if not isinstance(limit, tuple) or len(limit) != 2 or not 0 <= limit[0] <= limit[1] or limit[1] == 0:
             raise ValueError(f"Mamba2.dt_limit must be a tuple (low, high), 0 <= low <= high, high > 0; got {limit}")
@@ -100,10 +92,6 @@ class Mamba2:
     def inner(self) -> int:
         """Di, channels of the recurrence."""
         return self.heads * self.head_width
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 @flax.struct.dataclass

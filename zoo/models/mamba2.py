@@ -82,7 +82,7 @@ def mamba2(
     )
 
 
-_CITATION = "arXiv:2405.21060, table 9; vocabulary of GPT-NeoX padded to 50288"
+_CITATION = "arXiv:2405.21060 and the released configurations; vocabulary of GPT-NeoX padded to 50288"
 
 preset("mamba2-tiny", "mamba2", vocab_size=512, width=64, layers=4, head_width=16, state=32, max_length=512)
 for _name, _width, _layers, _millions in (

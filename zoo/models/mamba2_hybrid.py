@@ -23,9 +23,9 @@ def allocate(layers: int, attention_ratio: float, mlp_ratio: float) -> str:
       attention_ratio, mlp_ratio: parts of L, rounded to whole layers.
 
     Raises:
-      ValueError: there is no layer, or the parts leave none for Mamba-2 next to others.
+      ValueError: there is no layer, a part is negative, or together they are more than all layers.
 
-    Reference: arXiv:2406.07887, section 3.3, and the authors' rule for it.
+    Reference: arXiv:2406.07887 and the authors' code.
     """
     attention, mlp = round(layers * attention_ratio), round(layers * mlp_ratio)
     if layers < 1 or min(attention, mlp) < 0 or attention + mlp > layers:
@@ -174,7 +174,7 @@ def mamba2_hybrid(
     )
 
 
-_CITATION = "arXiv:2406.07887, table 6 and the released configuration"
+_CITATION = "arXiv:2406.07887 and the released configuration"
 _EXAMPLE = "the example configuration that was released with arXiv:2406.07887"
 
 preset(
