@@ -1,9 +1,10 @@
 """Token mixers, one file each, all on the contract of `zoo.mixers.contract`."""
 
-from zoo.mixers import attention, mamba, mlp
+from zoo.mixers import attention, mamba, mamba2, mlp
 from zoo.mixers.attention import Attention, QKNorm
 from zoo.mixers.contract import MIXERS, MixerType, mixer_of, register
 from zoo.mixers.mamba import Mamba
+from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.mlp import MLP
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "MLP",
     "Attention",
     "Mamba",
+    "Mamba2",
     "MixerType",
     "QKNorm",
     "attention",
     "mamba",
+    "mamba2",
     "mixer_of",
     "mlp",
     "register",

@@ -1,6 +1,6 @@
 """The pattern-driven language model and its families."""
 
-from zoo.models import dense, mamba, samba
+from zoo.models import dense, mamba, mamba2, mamba2_hybrid, samba
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -15,6 +15,8 @@ __all__ = [
     "describe",
     "list_models",
     "mamba",
+    "mamba2",
+    "mamba2_hybrid",
     "samba",
     "unroll",
 ]
