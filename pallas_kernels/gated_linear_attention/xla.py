@@ -288,29 +288,34 @@ def _chunk_backward(t: Chunk, state, dy, dstate):
             y_in = _where(carried, _einsum("bgik,bgkrv->bgirv", t.q, state))
             arriving, departing = arriving + jnp.sum(dy * y_in, axis=-1), jnp.sum(t.v * dv_out, axis=-1)
             passing = jnp.sum(passing, axis=(2, 4))[:, :, None]
-        dlog_decay = _decay_gradient(arriving, leaving, departing, passing, t.moves)
+        dlog_decay = _decay_gradient(arriving, leaving, departing, passing, t)
     return dq + dq_in, dk + dk_out, dv + dv_out, dlog_decay, dbefore
 
 
-def _decay_gradient(arriving, leaving, departing, passing, moves):
+def _decay_gradient(arriving, leaving, departing, passing, t: Chunk):
     """The cotangent of the log decays [B, G, C, X], without another pass over the states.
 
     It is, at t, the sum over all pairs of a source before t and a target at or after t of what the source
     contributes to the loss through the target. What has both ends at or after t is added as arriving and
-    subtracted as leaving, so suffix sums do.
+    subtracted as leaving, so suffix sums do; they end with the document, because what cancels leaves rounding errors.
 
     Args:
       arriving: contributions by their target in the chunk.
       leaving: contributions by their source, between tokens of the chunk.
       departing: contributions to the state after the chunk by their source.
       passing: [B, G, 1, X], contribution of the state before to the state after the chunk.
-      moves: bool [B, C], or None for all True.
+      t: the chunk.
     """
     size = arriving.shape[2]
     suffix = np.tri(size, dtype=np.float32).T
-    total = _einsum("ts,bgsx->bgtx", suffix, arriving - leaving)
+    if t.documents is None:
+        total = _einsum("ts,bgsx->bgtx", suffix, arriving - leaving)
+    else:
+        index = t.documents.index
+        suffix = jnp.where(index[:, :, None] == index[:, None, :], suffix, 0.0)
+        total = _einsum("bts,bgsx->bgtx", suffix, arriving - leaving)
     total = total + _einsum("ts,bgsx->bgtx", np.tri(size, k=-1, dtype=np.float32), departing) + passing
-    return _where(None if moves is None else moves[:, None, :, None], total)
+    return _where(None if t.moves is None else t.moves[:, None, :, None], total)
 
 
 def _over_chunks(length: int, chunk: int, body, carry, *, reverse: bool = False):
