@@ -1,8 +1,9 @@
 """Token mixers, one file each, all on the contract of `zoo.mixers.contract`."""
 
-from zoo.mixers import attention, mamba, mlp
+from zoo.mixers import attention, gated_linear_attention, mamba, mlp
 from zoo.mixers.attention import Attention, QKNorm
 from zoo.mixers.contract import MIXERS, MixerType, mixer_of, register
+from zoo.mixers.gated_linear_attention import ChannelGate, FixedDecay, GatedLinearAttention, HeadGate
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mlp import MLP
 
@@ -10,10 +11,15 @@ __all__ = [
     "MIXERS",
     "MLP",
     "Attention",
+    "ChannelGate",
+    "FixedDecay",
+    "GatedLinearAttention",
+    "HeadGate",
     "Mamba",
     "MixerType",
     "QKNorm",
     "attention",
+    "gated_linear_attention",
     "mamba",
     "mixer_of",
     "mlp",
