@@ -170,6 +170,33 @@ def gated_linear_attention(config, params, x):
     return np.stack(out)
 
 
+def _forget(config, params, logits):
+    bound = np.minimum(np.maximum(params["lower_bound"], 0.0), 1.0) if config.lower_bound else 0.0
+    return bound + (1.0 - bound) / (1.0 + np.exp(-logits))
+
+
+def hgrn(config, params, x):
+    h, out = np.zeros(config.inner), []
+    for token in x:
+        forget = _forget(config, params, token @ params["f"])
+        h = forget * h + (1.0 - forget) * silu(token @ params["i"])
+        y = normalise(config.norm, params["norm"], h) * silu(token @ params["g"])
+        out.append(y @ params["o"])
+    return np.stack(out)
+
+
+def hgrn2(config, params, x):
+    state, out = np.zeros((config.heads, config.key_width, config.value_width)), []
+    for token in x:
+        forget = _forget(config, params, np.einsum("d,dhk->hk", token, params["f"]))
+        value = np.einsum("d,dhv->hv", token, params["i"])
+        query = silu(np.einsum("d,dhk->hk", token, params["q"])) / math.sqrt(config.key_width)
+        state = forget[:, :, None] * state + (1.0 - forget)[:, :, None] * value[:, None]
+        y = normalise(config.norm, params["norm"], np.einsum("hk,hkv->hv", query, state))
+        out.append(np.einsum("hv,hvd->d", y, params["o"]))
+    return np.stack(out)
+
+
 def mlp(config, params, x):
     act, bias = ACTIVATIONS[config.activation], (lambda name: params[f"{name}_bias"] if config.bias else 0.0)
     out = []
@@ -195,12 +222,16 @@ def _window(config, length):
 ORACLES = {
     "attention": attention,
     "gated_linear_attention": gated_linear_attention,
+    "hgrn": hgrn,
+    "hgrn2": hgrn2,
     "mamba": mamba,
     "mlp": mlp,
 }
 VISIBLE = {
     "attention": _window,
     "gated_linear_attention": _everything_before,
+    "hgrn": _everything_before,
+    "hgrn2": _everything_before,
     "mamba": _everything_before,
     "mlp": lambda config, length: np.eye(length, dtype=bool),
 }
