@@ -44,6 +44,11 @@ def _mamba(**config: Any) -> Case:
     return Case("mamba", {**base, "num_hidden_layers": 3, "hidden_size": 20, **config})
 
 
+def _mamba2(**config: Any) -> dict[str, Any]:
+    base = {name: BASE[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    return {**base, "num_hidden_layers": 3, "state_size": 5, "head_dim": 8, **config}
+
+
 LLAMA3 = _rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=0.5)
 
@@ -104,6 +109,49 @@ CASES: Mapping[str, Case] = {
     "olmo2_bias": _case("olmo2", attention_bias=True, num_key_value_heads=1, tie_word_embeddings=True),
     "mamba": _mamba(state_size=5, conv_kernel=3, time_step_rank=3, use_bias=True, intermediate_size=29),
     "mamba_plain": _mamba(tie_word_embeddings=False, use_conv_bias=False, layer_norm_epsilon=1e-3),
+    "mamba2": Case(
+        "mamba2",
+        _mamba2(hidden_size=24, num_heads=6, n_groups=3, conv_kernel=3, use_bias=True, tie_word_embeddings=True),
+    ),
+    # In a single step transformers forgets the limits of dt, and NemotronH's lower one too.
+    "mamba2_limits": Case(
+        "mamba2",
+        _mamba2(
+            hidden_size=20,
+            num_heads=5,
+            n_groups=1,
+            use_conv_bias=False,
+            layer_norm_epsilon=1e-3,
+            time_step_limit=[0.2, 0.5],
+        ),
+        decode=False,
+    ),
+    "nemotron_h": _case(
+        "nemotron_h",
+        decode=False,
+        layers_block_type=["mamba", "mlp", "attention", "mamba"],
+        head_dim=5,
+        mlp_hidden_act="gelu",
+        mlp_bias=True,
+        mamba_num_heads=6,
+        mamba_head_dim=4,
+        n_groups=3,
+        ssm_state_size=5,
+        conv_kernel=3,
+        use_bias=True,
+        time_step_min=0.3,
+        layer_norm_epsilon=1e-3,
+    ),
+    "nemotron_h_pattern": _case(
+        "nemotron_h",
+        hybrid_override_pattern="M*-M*-",
+        head_dim=8,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        n_groups=2,
+        ssm_state_size=3,
+        use_conv_bias=False,
+    ),
 }
 
 
@@ -120,7 +168,7 @@ def build(case: Case, seed: int = 0):
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("A_log"):
                 parameter.copy_(0.5 * noise)
-            elif name.endswith("dt_proj.bias"):
+            elif name.endswith(("dt_proj.bias", "dt_bias")):
                 parameter.copy_(0.5 * noise - 1)
             elif "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * noise)
@@ -136,7 +184,7 @@ def logits(model, tokens, cuts: tuple[int, ...] = ()):
     if not cuts:
         with torch.no_grad():
             return model(torch.as_tensor(tokens), use_cache=False).logits.numpy()
-    name = "cache_params" if model.config.model_type == "mamba" else "past_key_values"
+    name = "cache_params" if model.config.model_type in ("mamba", "mamba2") else "past_key_values"
     cache, parts, start = None, [], 0
     for cut in cuts:
         with torch.no_grad():

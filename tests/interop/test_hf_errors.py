@@ -204,6 +204,16 @@ def test_config_fields_that_are_refused(folder, field, value, word):
         ("stablelm", "head_dim", 3),
         ("mamba", "hidden_act", "gelu"),
         ("mamba", "time_step_rank", "large"),
+        ("mamba2", "expand", 3),
+        ("mamba2", "intermediate_size", 100),
+        ("mamba2", "rms_norm", False),
+        ("mamba2", "time_step_limit", [0.0]),
+        ("mamba2", "time_step_limit", [0.0, "inf"]),
+        ("nemotron_h", "layers_block_type", ["mamba", "moe"]),
+        ("nemotron_h", "layers_block_type", None),
+        ("nemotron_h", "attention_bias", True),
+        ("nemotron_h", "tie_word_embeddings", True),
+        ("nemotron_h", "num_nextn_predict_layers", 1),
         ("phi3", "rope_parameters", {"rope_type": "linear", "factor": 2.0}),
         ("qwen2", "layer_types", ["full_attention", "chunked_attention"]),
         ("qwen2", "layer_types", ["full_attention"]),
@@ -356,6 +366,34 @@ def test_options_that_no_model_type_expresses(options, word, tmp_path):
         zoo.to_hf(model, _params(model), tmp_path / "out")
     assert word in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "word"),
+    [
+        ("mamba2-tiny", {"norm_before_gate": True}, "norm_before_gate=True"),
+        ("mamba2-tiny", {"skip": "channel"}, "skip=channel"),
+        ("mamba2-tiny", {"heads": 9}, "heads * head_width=144 with width=64"),
+        ("mamba2-tiny", {"norm_groups": 2}, "norm_groups=2 with groups=1"),
+        ("mamba2-hybrid-tiny", {"tied": True}, "tied=True"),
+        ("mamba2-hybrid-tiny", {"dt_limit": (0.0, 0.5)}, "dt_limit=(0.0, 0.5)"),
+    ],
+)
+def test_options_of_mamba2_that_no_model_type_expresses(name, options, word, tmp_path):
+    with pytest.raises(ValueError, match="no Hugging Face model_type expresses") as caught:
+        zoo.to_hf(zoo.create(name, **options), {}, tmp_path / "out")
+    assert word in str(caught.value)
+
+
+def test_limits_of_dt_with_an_infinite_bound(tmp_path):
+    """JSON knows no infinity: transformers writes an object, older files hold the bare word."""
+    model = zoo.create("mamba2-tiny", vocab_size=31, width=16, head_width=8, layers=1, state=4, dt_limit=(0.1, np.inf))
+    zoo.to_hf(model, _params(model), tmp_path)
+    written = json.loads((tmp_path / CONFIG).read_text())
+    assert written["time_step_limit"] == [0.1, {"__float__": "Infinity"}]
+    for bounds in (written["time_step_limit"], [0.1, np.inf]):
+        _edit_config(tmp_path, time_step_limit=bounds)
+        assert zoo.from_hf(tmp_path)[0].options["dt_limit"] == (0.1, np.inf)
 
 
 def test_families_without_a_class(tmp_path):

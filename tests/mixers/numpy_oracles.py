@@ -166,6 +166,42 @@ def gated_linear_attention(config, params, x):
             if config.output_gate:
                 o = o * silu(token @ params["gate"][:, h])
             y = y + o @ params["o"][h]
+
+
+def mamba2(config, params, x):
+    heads, wide, states, taps = config.heads, config.head_width, config.state, config.conv_width
+    inner, pairs = heads * wide, config.groups * config.state
+    bias = (lambda name: params[f"{name}_bias"]) if config.bias else (lambda name: 0.0)
+    filters = np.concatenate([params["conv"], params["conv_bc"]], axis=1)
+    offset = np.concatenate([params["conv_bias"], params["conv_bc_bias"]]) if config.conv_bias else 0.0
+    low, high = config.dt_limit
+    past = [np.zeros(inner + 2 * pairs) for _ in range(taps - 1)]
+    s = np.zeros((heads, wide, states))
+    out = []
+    for token in x:
+        z, u = np.einsum("d,dci->ci", token, params["in_proj"]) + bias("in_proj")
+        past.append(np.concatenate([u, token @ params["bc_proj"] + bias("bc_proj")]))
+        mixed = silu(sum(filters[taps - 1 - lag] * past[-1 - lag] for lag in range(taps)) + offset)
+        dt = softplus(token @ params["dt_proj"] + bias("dt_proj") + params["dt_bias"])
+        dt = np.minimum(np.maximum(dt, low), high)
+        y = np.zeros(inner)
+        for h in range(heads):
+            first = inner + h // (heads // config.groups) * states
+            b, c = mixed[first : first + states], mixed[first + pairs : first + pairs + states]
+            own = slice(h * wide, (h + 1) * wide)
+            s[h] = np.exp(-dt[h] * np.exp(params["A_log"][h])) * s[h] + dt[h] * np.outer(mixed[own], b)
+            y[own] = s[h] @ c + params["D"][h] * mixed[own]
+        if not config.norm_before_gate:
+            y = y * silu(z)
+        if config.norm is not None:
+            for part in np.split(np.arange(inner), config.norm_groups or config.groups):
+                y[part] = normalise(config.norm, {"scale": params["norm"]["scale"][part]}, y[part])
+        if config.norm_before_gate:
+            y = y * silu(z)
+        y = y @ params["out_proj"] + bias("out_proj")
+        if config.mlp:
+            z0, x0 = np.einsum("d,dcm->cm", token, params["mlp_in"]) + bias("mlp_in")
+            y = y + (silu(z0) * x0) @ params["mlp_out"]
         out.append(y)
     return np.stack(out)
 
@@ -225,6 +261,7 @@ ORACLES = {
     "hgrn": hgrn,
     "hgrn2": hgrn2,
     "mamba": mamba,
+    "mamba2": mamba2,
     "mlp": mlp,
 }
 VISIBLE = {
@@ -233,5 +270,6 @@ VISIBLE = {
     "hgrn": _everything_before,
     "hgrn2": _everything_before,
     "mamba": _everything_before,
+    "mamba2": _everything_before,
     "mlp": lambda config, length: np.eye(length, dtype=bool),
 }

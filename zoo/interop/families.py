@@ -4,75 +4,12 @@ A config field is used, must have a given value, is ignored because it does not 
 token ids, initialisation, caching), or is an error. Dropout acts in training alone and the zoo's models have none.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from zoo.core.registry import check_choice, nearest
-from zoo.interop import hf_rope
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """A used config field.
-
-    Attributes:
-      default: of transformers, where the field is absent.
-      options: the zoo options that it sets, all to the same value; empty for fields that code reads.
-      values: {Hugging Face value: zoo value} where they differ; the first of several names is the one written.
-    """
-
-    default: Any
-    options: tuple[str, ...] = ()
-    values: Mapping[Any, Any] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A tensor name and what it holds.
-
-    Attributes:
-      key: template with {layer} and, for one tensor per head, {head}.
-      paths: leaves of the zoo's tree, concatenated along the tensor's first axis; {attention}, {mlp} and {mamba} stand
-        for "layers/<sublayer>". A rule holds where the model has its leaves.
-      form: "matrix", [inputs..., outputs...] here and [outputs, inputs] there; "vector", flattened; "same"; "conv",
-        [W, Di] here and [Di, 1, W] there.
-    """
-
-    key: str
-    paths: tuple[str, ...]
-    form: str
-
-
-@dataclasses.dataclass(frozen=True)
-class HFFamily:
-    """One model_type.
-
-    Attributes:
-      model_type, architecture: names in config.json.
-      family: name of the zoo family.
-      fields: used config fields.
-      fixed: zoo options that the architecture fixes.
-      required: {field: allowed values} beside the generic ones.
-      ignored: fields that do not change the function, beside the generic ones.
-      rules: tensors.
-      rope_types: rope types that transformers runs for this family.
-      rope_fraction: default of partial_rotary_factor; None when the whole head turns.
-      window: None, "one" for all layers, or "layers".
-    """
-
-    model_type: str
-    architecture: str
-    family: str
-    fields: Mapping[str, Field]
-    rules: tuple[Rule, ...]
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    required: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    ignored: frozenset[str] = frozenset()
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "longrope")
-    rope_fraction: float | None = None
-    window: str | None = None
-
+from zoo.interop import hf_mamba, hf_rope
+from zoo.interop.hf_family import ACTIVATIONS, Field, HFFamily, Rule
 
 _GENERIC = """
 _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation auto_map
@@ -89,11 +26,6 @@ num_beam_groups num_beams num_return_sequences output_scores remove_invalid_valu
 return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
 """
 _DROPOUT = "attention_dropout embd_pdrop embedding_dropout hidden_dropout resid_pdrop residual_dropout"
-# d_inner, d_model and n_layer repeat other fields in converted checkpoints.
-_MAMBA = """
-initializer_range rescale_prenorm_residual time_step_floor time_step_init_scheme time_step_max time_step_min
-time_step_scale use_associative_scan use_mambapy fused_add_norm pad_vocab_size_multiple d_inner d_model n_layer
-"""
 IGNORED = frozenset((_GENERIC + _GENERATION + _DROPOUT).split())
 REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
@@ -104,15 +36,6 @@ REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "per_layer_config": (None, {}),
     "rope_interleaved": (False, None),
-}
-ACTIVATIONS: Mapping[str, str] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "squared_relu",
 }
 # Read and written by hf_rope.
 _ROPE = {
@@ -191,28 +114,6 @@ _FUSED = (
     ),
     Rule("model.layers.{layer}.mlp.gate_up_proj.weight", ("{mlp}/mixer/gate", "{mlp}/mixer/up"), "matrix"),
     *_projections("mlp", "mlp", {"down_proj": "down"}),
-)
-_MAMBA_RULES = (
-    Rule("backbone.embeddings.weight", ("embedding",), "same"),
-    Rule("backbone.norm_f.weight", ("final_norm/scale",), "vector"),
-    Rule("lm_head.weight", ("head",), "matrix"),
-    *(
-        Rule(f"backbone.layers.{{layer}}.{key}", (f"{{mamba}}/{path}",), form)
-        for key, path, form in (
-            ("norm.weight", "norm/scale", "vector"),
-            ("mixer.in_proj.weight", "mixer/in_proj", "matrix"),
-            ("mixer.in_proj.bias", "mixer/in_bias", "vector"),
-            ("mixer.conv1d.weight", "mixer/conv", "conv"),
-            ("mixer.conv1d.bias", "mixer/conv_bias", "vector"),
-            ("mixer.x_proj.weight", "mixer/x_proj", "matrix"),
-            ("mixer.dt_proj.weight", "mixer/dt_proj", "matrix"),
-            ("mixer.dt_proj.bias", "mixer/dt_bias", "vector"),
-            ("mixer.A_log", "mixer/A_log", "same"),
-            ("mixer.D", "mixer/D", "vector"),
-            ("mixer.out_proj.weight", "mixer/out_proj", "matrix"),
-            ("mixer.out_proj.bias", "mixer/out_bias", "vector"),
-        )
-    ),
 )
 _BIASES = ("qkv_bias", "out_bias")
 
@@ -354,29 +255,7 @@ HF_FAMILIES: Mapping[str, HFFamily] = {
             ),
             fixed={"norm": "rms", "norm_placement": "post", "gated": True, "qk_norm": "full"},
         ),
-        HFFamily(
-            "mamba",
-            "MambaForCausalLM",
-            "mamba",
-            {
-                "vocab_size": Field(50280, ("vocab_size",)),
-                "hidden_size": Field(768, ("width",)),
-                "num_hidden_layers": Field(32, ("layers",)),
-                "state_size": Field(16, ("state",)),
-                "conv_kernel": Field(4, ("conv_width",)),
-                "use_conv_bias": Field(True, ("conv_bias",)),
-                "use_bias": Field(False, ("bias",)),
-                "layer_norm_epsilon": Field(1e-5, ("norm_eps",)),
-                "tie_word_embeddings": Field(True, ("tied",)),
-                "expand": Field(2),
-                "intermediate_size": Field(None),
-                "time_step_rank": Field("auto"),
-                "residual_in_fp32": Field(True),
-            },
-            _MAMBA_RULES,
-            required={"hidden_act": ("silu", "swish"), "rms_norm": (True,), "ssm_cfg": ({}, None)},
-            ignored=frozenset(_MAMBA.split()),
-        ),
+        *hf_mamba.FAMILIES,
     )
 }
 
@@ -429,15 +308,8 @@ def read_options(family: HFFamily, config: Mapping[str, Any], max_length: int | 
         elif value is None and field.default is not None and field.options and name != "num_key_value_heads":
             raise ValueError(f"{family.model_type} config: {name} is null; give a value")
         options |= dict.fromkeys(field.options, value)
-    if family.family == "mamba":
-        inner, rank = config["intermediate_size"], config["time_step_rank"]
-        if rank != "auto" and not isinstance(rank, int):
-            raise ValueError(f"mamba config: time_step_rank={rank!r} is not supported; allowed: 'auto' or an integer")
-        options["inner"] = int(config["expand"] * config["hidden_size"]) if inner is None else inner
-        options["dt_rank"] = None if rank == "auto" else rank
-        # Not in float32, the residual stream has the compute dtype.
-        options["residual_dtype"] = "float32" if config["residual_in_fp32"] else None
-        return options
+    if family.read is not None:
+        return options | family.read(config)
     options |= hf_rope.read(
         config, types=family.rope_types, default_fraction=family.rope_fraction, max_length=max_length
     )

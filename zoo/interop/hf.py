@@ -1,5 +1,6 @@
 """Hugging Face folders (config.json and safetensors) to and from zoo models."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ class Piece:
 def _pieces(family: HFFamily, config: LanguageModelConfig, specs: Mapping[str, Spec]) -> dict[str, tuple[Piece, ...]]:
     """{Hugging Face name: its pieces} for all leaves of a model, in the order of the rules."""
     names = list(config.sublayers())
-    per_layer = 1 if family.family == "mamba" else 2
+    per_layer = family.per_layer
     cycle = len(names) // per_layer
     table: dict[str, tuple[Piece, ...]] = {}
     for rule in family.rules:
@@ -79,7 +80,7 @@ def _pieces(family: HFFamily, config: LanguageModelConfig, specs: Mapping[str, S
             repeat, position = divmod(layer, cycle)
             sublayers = names[position * per_layer : (position + 1) * per_layer]
             roots = {name.partition("_")[2]: f"layers/{name}" for name in sublayers}
-            paths = [path.format(**roots) for path in rule.paths]
+            paths = [path.format_map(collections.defaultdict(str, roots)) for path in rule.paths]
             if all(path in specs for path in paths):
                 table |= _expand(rule, layer, repeat, [(path, specs[path]) for path in paths])
     covered = {piece.path for pieces in table.values() for piece in pieces}

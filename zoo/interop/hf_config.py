@@ -10,10 +10,10 @@ from zoo.interop.families import HF_FAMILIES, HFFamily
 from zoo.models.model import FAMILIES, Model
 
 # Options of how a model is run and not of what it computes; a config has no place for them.
-RUNTIME = frozenset({"dtype", "param_dtype", "residual_dtype", "remat"})
-# Options that code below checks and writes. Mamba has no positions, so its `max_length` is only a default for states.
+RUNTIME = frozenset({"dtype", "param_dtype", "residual_dtype", "remat", "chunk_size"})
 SHOWN = 3  # model_types whose reasons an error lists
-SPECIAL = frozenset({"rope_theta", "rope_fraction", "rope_scaling", "window", "inner", "dt_rank", "max_length"})
+# Options that code below checks and writes.
+ROTARY = frozenset({"rope_theta", "rope_fraction", "rope_scaling", "window"})
 
 
 def _resolved(model: Model) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def _resolved(model: Model) -> dict[str, Any]:
 def lacks(family: HFFamily, options: Mapping[str, Any]) -> list[str]:
     """The options, as "name=value", that a model_type cannot express."""
     problems = [f"{name}={options[name]}" for name, value in family.fixed.items() if options[name] != value]
-    handled = {*RUNTIME, *SPECIAL, *family.fixed}
+    handled = {*RUNTIME, *family.fixed, *(ROTARY if family.read is None else family.special)}
     for field in family.fields.values():
         handled.update(field.options)
         values = [options[name] for name in field.options]
@@ -44,8 +44,10 @@ def lacks(family: HFFamily, options: Mapping[str, Any]) -> list[str]:
     for name, parameter in inspect.signature(FAMILIES.get(family.family)).parameters.items():
         if name not in handled and options[name] != parameter.default:
             problems.append(f"{name}={options[name]}")
-    if family.family == "dense":
+    if family.read is None:
         problems += _lacks_dense(family, options)
+    elif family.lacks is not None:
+        problems += family.lacks(options)
     return problems
 
 
@@ -118,16 +120,8 @@ def write(family: HFFamily, options: Mapping[str, Any], dtype: str) -> dict[str,
         if field.values is not None:
             value = next(theirs for theirs, ours in field.values.items() if ours == value)
         config[name] = value
-    if family.family == "mamba":
-        inner, width = options["inner"], options["width"]
-        inner = 2 * width if inner is None else inner
-        config |= {
-            "intermediate_size": inner,  # goes before expand, which cannot say every size
-            "expand": max(1, inner // width),
-            "time_step_rank": "auto" if options["dt_rank"] is None else options["dt_rank"],
-            "residual_in_fp32": options["residual_dtype"] == "float32",
-        }
-        return config
+    if family.write is not None:
+        return config | family.write(options)
     if config["head_dim"] * options["heads"] == options["width"] and family.model_type not in ("llama", "mistral"):
         del config["head_dim"]  # no field of these configs; read where it is given
     partial = family.rope_fraction is not None

@@ -63,7 +63,9 @@ class MambaState:
     ssm: Any
 
 
-def _uniform(bound: float):
+def uniform(bound: float):
+    """Initialiser: uniform in +-bound."""
+
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -71,15 +73,15 @@ def _uniform(bound: float):
 
 
 def _matrix_init(std: float | None, fan_in: int):
-    return _uniform(fan_in**-0.5) if std is None else jax.nn.initializers.normal(std)
+    return uniform(fan_in**-0.5) if std is None else jax.nn.initializers.normal(std)
 
 
-def _dt_bias_init(low: float, high: float):
-    """b with softplus(b) log-uniform in [low, high], and at least 1e-4."""
+def dt_bias_init(low: float, high: float, floor: float = 1e-4):
+    """Initialiser: b with softplus(b) log-uniform in [low, high], and at least `floor`."""
 
     def init(key, shape, dtype=jnp.float32):
         u = jax.random.uniform(key, shape, jnp.float32)
-        dt = jnp.maximum(jnp.exp(u * (math.log(high) - math.log(low)) + math.log(low)), 1e-4)
+        dt = jnp.maximum(jnp.exp(u * (math.log(high) - math.log(low)) + math.log(low)), floor)
         return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
 
     return init
@@ -98,10 +100,10 @@ def param_specs(config: Mamba, width: int) -> Tree:
     into = _matrix_init(config.init_std, width)
     specs = {
         "in_proj": Spec((width, 2, inner), ("embed", "branch", "inner"), into, inputs=1),
-        "conv": Spec((taps, inner), ("conv", "inner"), _uniform(taps**-0.5)),
+        "conv": Spec((taps, inner), ("conv", "inner"), uniform(taps**-0.5)),
         "x_proj": Spec((inner, rank + 2 * states), ("inner", "ssm"), _matrix_init(config.init_std, inner), inputs=1),
-        "dt_proj": Spec((rank, inner), ("dt_rank", "inner"), _uniform(rank**-0.5), inputs=1),
-        "dt_bias": Spec((inner,), ("inner",), _dt_bias_init(config.dt_min, config.dt_max), tags=NO_DECAY),
+        "dt_proj": Spec((rank, inner), ("dt_rank", "inner"), uniform(rank**-0.5), inputs=1),
+        "dt_bias": Spec((inner,), ("inner",), dt_bias_init(config.dt_min, config.dt_max), tags=NO_DECAY),
         "A_log": Spec((inner, states), ("inner", "state"), _a_log_init, tags=NO_DECAY),
         "D": Spec((inner,), ("inner",), jax.nn.initializers.ones, tags=NO_DECAY),
         "out_proj": Spec((inner, width), ("inner", "embed"), _matrix_init(config.out_init_std, inner), inputs=1),
