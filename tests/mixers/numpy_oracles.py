@@ -106,32 +106,6 @@ def attention(config, params, x):
     return np.stack(out)
 
 
-def mamba(config, params, x):
-    rank, states, taps = config.rank(x.shape[1]), config.state, config.conv_width
-    a = -np.exp(params["A_log"])
-    past = [np.zeros(config.inner) for _ in range(taps - 1)]
-    h = np.zeros((config.inner, states))
-    out = []
-    for token in x:
-        u, z = token @ params["in_proj"][:, 0], token @ params["in_proj"][:, 1]
-        if config.bias:
-            u, z = u + params["in_bias"][0], z + params["in_bias"][1]
-        past.append(u)
-        u = sum(params["conv"][taps - 1 - lag] * past[-1 - lag] for lag in range(taps))
-        if config.conv_bias:
-            u = u + params["conv_bias"]
-        u = silu(u)
-        low_b_c = u @ params["x_proj"]
-        low, b, c = low_b_c[:rank], low_b_c[rank : rank + states], low_b_c[rank + states :]
-        dt = softplus(low @ params["dt_proj"] + params["dt_bias"])
-        for i in range(config.inner):
-            h[i] = np.exp(dt[i] * a[i]) * h[i] + dt[i] * u[i] * b
-        y = (h @ c + params["D"] * u) * silu(z)
-        y = y @ params["out_proj"]
-        out.append(y + params["out_bias"] if config.bias else y)
-    return np.stack(out)
-
-
 def gated_linear_attention(config, params, x):
     phi = {
         "identity": lambda a: a,
@@ -166,6 +140,61 @@ def gated_linear_attention(config, params, x):
             if config.output_gate:
                 o = o * silu(token @ params["gate"][:, h])
             y = y + o @ params["o"][h]
+        out.append(y)
+    return np.stack(out)
+
+
+def _forget(config, params, logits):
+    bound = np.minimum(np.maximum(params["lower_bound"], 0.0), 1.0) if config.lower_bound else 0.0
+    return bound + (1.0 - bound) / (1.0 + np.exp(-logits))
+
+
+def hgrn(config, params, x):
+    h, out = np.zeros(config.inner), []
+    for token in x:
+        forget = _forget(config, params, token @ params["f"])
+        h = forget * h + (1.0 - forget) * silu(token @ params["i"])
+        y = normalise(config.norm, params["norm"], h) * silu(token @ params["g"])
+        out.append(y @ params["o"])
+    return np.stack(out)
+
+
+def hgrn2(config, params, x):
+    state, out = np.zeros((config.heads, config.key_width, config.value_width)), []
+    for token in x:
+        forget = _forget(config, params, np.einsum("d,dhk->hk", token, params["f"]))
+        value = np.einsum("d,dhv->hv", token, params["i"])
+        query = silu(np.einsum("d,dhk->hk", token, params["q"])) / math.sqrt(config.key_width)
+        state = forget[:, :, None] * state + (1.0 - forget)[:, :, None] * value[:, None]
+        y = normalise(config.norm, params["norm"], np.einsum("hk,hkv->hv", query, state))
+        out.append(np.einsum("hv,hvd->d", y, params["o"]))
+    return np.stack(out)
+
+
+def mamba(config, params, x):
+    rank, states, taps = config.rank(x.shape[1]), config.state, config.conv_width
+    a = -np.exp(params["A_log"])
+    past = [np.zeros(config.inner) for _ in range(taps - 1)]
+    h = np.zeros((config.inner, states))
+    out = []
+    for token in x:
+        u, z = token @ params["in_proj"][:, 0], token @ params["in_proj"][:, 1]
+        if config.bias:
+            u, z = u + params["in_bias"][0], z + params["in_bias"][1]
+        past.append(u)
+        u = sum(params["conv"][taps - 1 - lag] * past[-1 - lag] for lag in range(taps))
+        if config.conv_bias:
+            u = u + params["conv_bias"]
+        u = silu(u)
+        low_b_c = u @ params["x_proj"]
+        low, b, c = low_b_c[:rank], low_b_c[rank : rank + states], low_b_c[rank + states :]
+        dt = softplus(low @ params["dt_proj"] + params["dt_bias"])
+        for i in range(config.inner):
+            h[i] = np.exp(dt[i] * a[i]) * h[i] + dt[i] * u[i] * b
+        y = (h @ c + params["D"] * u) * silu(z)
+        y = y @ params["out_proj"]
+        out.append(y + params["out_bias"] if config.bias else y)
+    return np.stack(out)
 
 
 def mamba2(config, params, x):
@@ -203,33 +232,6 @@ def mamba2(config, params, x):
             z0, x0 = np.einsum("d,dcm->cm", token, params["mlp_in"]) + bias("mlp_in")
             y = y + (silu(z0) * x0) @ params["mlp_out"]
         out.append(y)
-    return np.stack(out)
-
-
-def _forget(config, params, logits):
-    bound = np.minimum(np.maximum(params["lower_bound"], 0.0), 1.0) if config.lower_bound else 0.0
-    return bound + (1.0 - bound) / (1.0 + np.exp(-logits))
-
-
-def hgrn(config, params, x):
-    h, out = np.zeros(config.inner), []
-    for token in x:
-        forget = _forget(config, params, token @ params["f"])
-        h = forget * h + (1.0 - forget) * silu(token @ params["i"])
-        y = normalise(config.norm, params["norm"], h) * silu(token @ params["g"])
-        out.append(y @ params["o"])
-    return np.stack(out)
-
-
-def hgrn2(config, params, x):
-    state, out = np.zeros((config.heads, config.key_width, config.value_width)), []
-    for token in x:
-        forget = _forget(config, params, np.einsum("d,dhk->hk", token, params["f"]))
-        value = np.einsum("d,dhv->hv", token, params["i"])
-        query = silu(np.einsum("d,dhk->hk", token, params["q"])) / math.sqrt(config.key_width)
-        state = forget[:, :, None] * state + (1.0 - forget)[:, :, None] * value[:, None]
-        y = normalise(config.norm, params["norm"], np.einsum("hk,hkv->hv", query, state))
-        out.append(np.einsum("hv,hvd->d", y, params["o"]))
     return np.stack(out)
 
 

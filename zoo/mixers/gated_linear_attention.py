@@ -26,7 +26,7 @@ from zoo.mixers.contract import MixerType, register
 
 FEATURE_MAPS = {
     "identity": lambda x: x,
-    "elu": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))),  # elu(x) + 1
+    "elu": lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x))),  # elu(x) + 1; exp overflows for no x
     "relu": jax.nn.relu,
 }
 POSITIVE = ("elu", "relu")
@@ -86,6 +86,11 @@ class GatedLinearAttention:
 
     def __post_init__(self):
         check_choice("GatedLinearAttention.feature_map", self.feature_map, FEATURE_MAPS)
+        if not isinstance(self.decay, ChannelGate | HeadGate | FixedDecay | None):
+            raise ValueError(
+                f"GatedLinearAttention.decay={self.decay!r} is not supported; "
+                "allowed: ChannelGate(), HeadGate(), FixedDecay() or None"
+            )
         for field in ("heads", "key_width", "value_width"):
             if getattr(self, field) < 1:
                 raise ValueError(f"GatedLinearAttention.{field} must be >= 1, got {getattr(self, field)}")

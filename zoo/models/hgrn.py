@@ -19,6 +19,7 @@ def hgrn(
     hidden: int | None = None,
     hidden_ratio: float = 4.0,
     norm_eps: float = 1e-6,
+    output_norm_eps: float | None = None,
     tied: bool = False,
     init_std: float = 0.02,
     max_length: int = 2048,
@@ -33,12 +34,18 @@ def hgrn(
       state_width: None = HGRN, one state per channel; K = HGRN2 with width / K heads, K states per channel.
       inner: channels of HGRN's recurrence; None = width, which HGRN2 always has.
       lower_bound: whether forget gates have a lower bound, which grows from layer to layer.
+      output_norm_eps: of the norm inside the mixer; None = norm_eps, that of the layers.
       hidden: F; None = 2/3 hidden_ratio width, rounded up to a multiple of 256.
       vocab_size, width, layers, norm_eps, tied, init_std, max_length, dtype, param_dtype, residual_dtype, remat: see
         the mixers and LanguageModelConfig.
     """
     norm = Norm("rms", norm_eps)
-    common = {"lower_bound": lower_bound, "norm": norm, "init_std": init_std, "out_init_std": init_std}
+    common = {
+        "lower_bound": lower_bound,
+        "norm": Norm("rms", norm_eps if output_norm_eps is None else output_norm_eps),
+        "init_std": init_std,
+        "out_init_std": init_std,
+    }
     if state_width is None:
         mixer = HGRN(inner=width if inner is None else inner, **common)
     elif inner not in (None, width) or width % state_width:
@@ -69,9 +76,18 @@ def hgrn(
 
 _SIZES = {"vocab_size": 32000, "width": 2048, "layers": 24}
 _TINY = {"vocab_size": 512, "width": 64, "layers": 4, "hidden": 192, "max_length": 512}
-_CITATION = "the default configuration of flash-linear-attention, whose class has this count"
+_CLASS = "the default configuration of flash-linear-attention, whose class has this count"
 
-preset("hgrn-1.3b", "hgrn", parameters=1364.4, citation=f"arXiv:2311.04823; {_CITATION}", **_SIZES)
-preset("hgrn2-1.3b", "hgrn", parameters=1364.4, citation=f"arXiv:2404.07904; {_CITATION}", **_SIZES, state_width=128)
-preset("hgrn-tiny", "hgrn", citation="a tiny variant for tests and examples", **_TINY)
-preset("hgrn2-tiny", "hgrn", citation="a tiny variant for tests and examples", **_TINY, state_width=16)
+preset("hgrn-1.3b", "hgrn", parameters=1364.4, citation=f"arXiv:2311.04823; {_CLASS}", **_SIZES)
+preset(
+    "hgrn2-1.3b",
+    "hgrn",
+    parameters=1364.4,
+    citation=f"arXiv:2404.07904; {_CLASS}",
+    **_SIZES,
+    state_width=128,
+    output_norm_eps=1e-5,
+)
+_CITATION = "a tiny variant for tests and examples"
+preset("hgrn-tiny", "hgrn", citation=_CITATION, **_TINY)
+preset("hgrn2-tiny", "hgrn", citation=_CITATION, **_TINY, state_width=16, output_norm_eps=1e-5)
