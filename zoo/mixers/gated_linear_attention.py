@@ -203,14 +203,14 @@ def mix(
         valid=valid,
         implementation=implementation,
     )
+    y = y.astype(jnp.float32)  # rounded once, before the output projection
     if config.normalise:
-        total = y[..., -1:].astype(jnp.float32)
-        y = (y[..., :-1] / (total + NORMALISER_EPS)).astype(x.dtype)
+        y = y[..., :-1] / (y[..., -1:] + NORMALISER_EPS)
     if config.norm is not None:
         y = norm.apply(params.get("norm", {}), y, config=config.norm)
     if config.output_gate:
-        y = y * jax.nn.silu(project("gate"))
-    y = linear(y, params["o"], "bthv,hvd->btd")
+        y = y * jax.nn.silu(project("gate").astype(jnp.float32))
+    y = linear(y.astype(x.dtype), params["o"], "bthv,hvd->btd")
     if valid is not None:
         y = jnp.where(valid[..., None], y, 0)
     return y, GatedLinearAttentionState(kv=kv)
@@ -238,7 +238,10 @@ register(
         mix,
         flops_per_token,
         examples=(
-            GatedLinearAttention(heads=2, key_width=4, value_width=8, decay=ChannelGate(rank=3, normaliser=4.0)),
+            # The eps keeps the norm well-conditioned where the product of a narrow query and key is nearly 0.
+            GatedLinearAttention(
+                heads=2, key_width=4, value_width=8, decay=ChannelGate(rank=3, normaliser=4.0), norm=Norm(eps=0.1)
+            ),
             GatedLinearAttention(
                 heads=2, key_width=6, value_width=12, decay=FixedDecay(), rotary=Rotary(), norm=Norm(scale=False)
             ),
