@@ -17,6 +17,7 @@ SMALL = {"vocab_size": 31, "num_hidden_layers": 2}
 LENGTH = 13
 # The case of each model_type that switches on most, made smaller.
 CHANGES = {"qwen2": {"max_window_layers": 1}}
+STORED = {"nemotron_h": ("model.", "backbone.")}  # the name of the trunk in memory and in files, where they differ
 
 
 def main() -> None:
@@ -30,7 +31,11 @@ def main() -> None:
         with torch.no_grad():
             for parameter in model.parameters():  # exact in bfloat16: smaller files
                 parameter.copy_(parameter.bfloat16().float())
-        weights = {name: p.detach().bfloat16().view(torch.uint16).numpy() for name, p in model.named_parameters()}
+        trunk = STORED.get(model_type, ("", ""))
+        weights = {
+            name.replace(*trunk, 1): p.detach().bfloat16().view(torch.uint16).numpy()
+            for name, p in model.named_parameters()
+        }
         config = json.loads(model.config.to_json_string(use_diff=False))
         path = Path(__file__).with_name(f"hf_{model_type}.npz")
         np.savez_compressed(

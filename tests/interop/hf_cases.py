@@ -1,6 +1,7 @@
 """Tiny Hugging Face configs that together switch on every option that purezoo reads, and how to make their models."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,14 @@ def _mamba(**config: Any) -> Case:
 
 def _mamba2(**config: Any) -> dict[str, Any]:
     base = {name: BASE[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    return {**base, "num_hidden_layers": 3, "state_size": 5, "head_dim": 8, **config}
+    return {
+        **base,
+        "num_hidden_layers": 3,
+        "state_size": 5,
+        "head_dim": 8,
+        "time_step_limit": [0.0, math.inf],
+        **config,
+    }
 
 
 LLAMA3 = _rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)

@@ -35,8 +35,11 @@ SEGMENTS = np.array(
 )
 
 
-def cases(which=h.CASES):
-    return pytest.mark.parametrize("config", [c for _, c in which], ids=[name for name, _ in which])
+def cases(which=h.CASES, *, others_slow: bool = False):
+    """Runs a test over examples; those after a mixer's first behind `-m slow` where that is said."""
+    marks = [[pytest.mark.slow] if others_slow and not name.endswith("-0") else [] for name, _ in which]
+    params = [pytest.param(config, id=name, marks=mark) for (name, config), mark in zip(which, marks, strict=True)]
+    return pytest.mark.parametrize("config", params)
 
 
 def test_every_mixer_has_an_oracle():
@@ -95,7 +98,7 @@ def test_gradients_match_differences_of_the_oracle(config):
         )
 
 
-@cases(WITH_OPS)
+@cases(WITH_OPS, others_slow=True)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_reference_equals_the_platform_default(config, packed):
     """Outputs, new state and all gradients, d(carried state) included; the default is xla on the CPU."""
@@ -131,7 +134,7 @@ def test_split_at_any_cut_equals_one_pass(config, packed):
         )
 
 
-@cases(WITH_OPS)
+@cases(WITH_OPS, others_slow=True)
 def test_gradient_through_the_carried_state(config):
     """Back-propagation through a split, d(state) included, equals back-propagation through one pass."""
     params, x = h.params_of(config), h.inputs(12)
@@ -223,7 +226,7 @@ def test_ragged_rows_decode_together(config):
         assert_close(y, expected[np.arange(h.BATCH), at][:, None] * alive[..., None], FLOAT32_TOLERANCE, f"step {step}")
 
 
-@cases()
+@cases(others_slow=True)
 def test_causality_by_gradient(config):
     """d y[t] / d x[s] is exactly 0 unless t may see s, and not 0 where it may: window, documents and padding."""
     params, x = h.params_of(config), h.inputs(20, batch=1)
@@ -244,7 +247,7 @@ def test_causality_by_gradient(config):
     np.testing.assert_array_equal(packed, visible(config, h.LENGTH) & same)
 
 
-@cases()
+@cases(others_slow=True)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_every_form_returns_the_same_state_tree(config, dtype):
     mixer = mixer_of(config)
@@ -299,7 +302,7 @@ def test_extreme_parameters_stay_finite(config, factor):
     assert_finite(gradients, "gradients")
 
 
-@cases()
+@cases(others_slow=True)
 def test_vmap_and_checkpoint(config):
     params, x = h.params_of(config), h.inputs(25, batch=6).reshape(2, h.BATCH, h.LENGTH, h.WIDTH)
     ctx, mix = h.context(SEGMENTS), mixer_of(config).mix

@@ -23,7 +23,7 @@ ORDER_48 = "M-M-M--M-*M-M-M-M--*M-M-M-M-*M--M-M-M-*M-M--M-M-"
         (10, 0.2, 0.0, "MMM*MM*MMM"),
         (4, 0.0, 0.5, "M-M-"),
         (3, 0.0, 0.0, "MMM"),
-        (2, 0.5, 0.5, "*-"),
+        (2, 0.5, 0.5, "-*"),
     ],
 )
 def test_order_of_layers(layers, attention, mlp, order):
@@ -76,7 +76,7 @@ def test_initialisation():
         ({"dt_limit": (0.2, 0.1)}, "dt_limit must be a tuple"),
         ({"dt_limit": [0.0, 0.1]}, "dt_limit must be a tuple"),
         ({"dt_limit": (-1.0, 0.1)}, "dt_limit must be a tuple"),
-        ({"skip": "heads"}, "skip='heads' is not supported; did you mean 'head'"),
+        ({"skip": "heads"}, "skip='heads' is not supported"),
         ({"norm": None, "norm_before_gate": True}, "need a norm"),
         ({"norm_groups": 3}, "norm_groups=3 must divide heads [*] head_width=32"),
         ({"conv_width": 1}, "conv_width must be >= 2"),

@@ -58,15 +58,6 @@ def _write_mamba(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _number(value: Any) -> float:
-    # JSON knows no infinity: transformers writes one as an object.
-    if isinstance(value, dict) and value == {"__float__": "Infinity"}:
-        return math.inf
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"mamba2 config: time_step_limit holds {value!r}; both of its entries must be numbers")
-    return float(value)
-
-
 def _read_mamba2(config: Mapping[str, Any]) -> dict[str, Any]:
     inner, limit = config["num_heads"] * config["head_dim"], config["time_step_limit"]
     for name, size in (
@@ -75,11 +66,10 @@ def _read_mamba2(config: Mapping[str, Any]) -> dict[str, Any]:
     ):
         if size not in (None, inner):
             raise ValueError(f"mamba2 config: {name}={size} must be num_heads * head_dim={inner}")
-    if limit is None:
-        limit = (0.0, math.inf)
-    if not isinstance(limit, list | tuple) or len(limit) != 2:
+    limit = [0.0, math.inf] if limit is None else limit
+    if not isinstance(limit, list) or [type(bound) in (int, float) for bound in limit] != [True, True]:
         raise ValueError(f"mamba2 config: time_step_limit={limit!r} must be a list of two numbers")
-    return {"dt_limit": tuple(_number(bound) for bound in limit), **_residual(config)}
+    return {"dt_limit": (float(limit[0]), float(limit[1])), **_residual(config)}
 
 
 def _inner(options: Mapping[str, Any]) -> int:
@@ -88,11 +78,10 @@ def _inner(options: Mapping[str, Any]) -> int:
 
 def _write_mamba2(options: Mapping[str, Any]) -> dict[str, Any]:
     inner = _inner(options)
-    bounds = [{"__float__": "Infinity"} if bound == math.inf else float(bound) for bound in options["dt_limit"]]
     return {
         "num_heads": inner // options["head_width"],
         "expand": inner // options["width"],
-        "time_step_limit": bounds,
+        "time_step_limit": [float(bound) for bound in options["dt_limit"]],
         "residual_in_fp32": options["residual_dtype"] == "float32",
     }
 
@@ -136,6 +125,7 @@ def _write_nemotron(options: Mapping[str, Any]) -> dict[str, Any]:
         "mamba_num_heads": 2 * width // wide if heads is None else heads,
         "num_key_value_heads": options["heads"] if options["kv_heads"] is None else options["kv_heads"],
         "head_dim": width // options["heads"] if options["head_width"] is None else options["head_width"],
+        "intermediate_size": 4 * width if options["hidden"] is None else options["hidden"],
         "time_step_min": options["dt_limit"][0],
     }
 

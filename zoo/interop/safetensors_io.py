@@ -24,13 +24,30 @@ DTYPES: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# JSON has no word for these: transformers writes {"__float__": "Infinity"}.
+FLOAT = "__float__"
+FLOATS: Mapping[str, float] = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 Shape = tuple[int, ...]
+
+
+def _decode(value: dict[str, Any]) -> Any:
+    return FLOATS[value[FLOAT]] if value.keys() == {FLOAT} and value[FLOAT] in FLOATS else value
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _encode(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {FLOAT: json.dumps(value)}  # the names that JavaScript has for them
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file; ValueError with the file's name otherwise."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_decode)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -128,7 +145,7 @@ def _write(
     make: Callable[[str], np.ndarray],
     max_shard_bytes: int,
 ) -> None:
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(_encode(config), indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
     shards = plan_shards(sizes, max_shard_bytes)

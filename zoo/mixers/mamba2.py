@@ -302,7 +302,6 @@ register(
                 mlp=5,
                 chunk_size=4,
             ),
-            Mamba2(heads=2, head_width=4, state=3, norm=None),
         ),
     )
 )
