@@ -1,4 +1,4 @@
-"""Logits that transformers computed once, for tiny models of every model_type; needs neither torch nor transformers."""
+"""Logits that the classes of every model_type computed once, for tiny models; needs neither torch nor transformers."""
 
 import json
 from pathlib import Path

@@ -106,6 +106,71 @@ def attention(config, params, x):
     return np.stack(out)
 
 
+def gated_linear_attention(config, params, x):
+    phi = {
+        "identity": lambda a: a,
+        "elu": lambda a: np.where(a > 0, a, np.expm1(np.minimum(a, 0.0))) + 1.0,
+        "relu": lambda a: np.maximum(a, 0.0),
+    }[config.feature_map]
+    state = [np.zeros((config.key_width, config.value_width)) for _ in range(config.heads)]
+    normaliser = [np.zeros(config.key_width) for _ in range(config.heads)]
+    out = []
+    for t, token in enumerate(x):
+        y = np.zeros(x.shape[1])
+        for h in range(config.heads):
+            q, k, v = phi(token @ params["q"][:, h]), phi(token @ params["k"][:, h]), token @ params["v"][:, h]
+            if config.rotary is not None:
+                q, k = turn(config.rotary, q, t), turn(config.rotary, k, t)
+            decay = np.ones(config.key_width)
+            if type(config.decay).__name__ == "FixedDecay":
+                decay = decay * (1.0 - 1.0 / 2 ** (5 + h))
+            elif config.decay is not None:
+                if type(config.decay).__name__ == "HeadGate":
+                    logit = token @ params["decay_proj"][:, h] + params["decay_bias"][h]
+                else:
+                    logit = token @ params["decay_down"] @ params["decay_up"][:, h] + params["decay_bias"][h]
+                decay = decay * (1.0 / (1.0 + np.exp(-logit))) ** (1.0 / config.decay.normaliser)
+            state[h] = decay[:, None] * state[h] + np.outer(k, v)
+            normaliser[h] = decay * normaliser[h] + k
+            o = q @ state[h] / math.sqrt(config.key_width)
+            if config.normalise:
+                o = o / (q @ normaliser[h] / math.sqrt(config.key_width) + 1e-10)
+            if config.norm is not None:
+                o = normalise(config.norm, params.get("norm", {}), o)
+            if config.output_gate:
+                o = o * silu(token @ params["gate"][:, h])
+            y = y + o @ params["o"][h]
+        out.append(y)
+    return np.stack(out)
+
+
+def _forget(config, params, logits):
+    bound = np.minimum(np.maximum(params["lower_bound"], 0.0), 1.0) if config.lower_bound else 0.0
+    return bound + (1.0 - bound) / (1.0 + np.exp(-logits))
+
+
+def hgrn(config, params, x):
+    h, out = np.zeros(config.inner), []
+    for token in x:
+        forget = _forget(config, params, token @ params["f"])
+        h = forget * h + (1.0 - forget) * silu(token @ params["i"])
+        y = normalise(config.norm, params["norm"], h) * silu(token @ params["g"])
+        out.append(y @ params["o"])
+    return np.stack(out)
+
+
+def hgrn2(config, params, x):
+    state, out = np.zeros((config.heads, config.key_width, config.value_width)), []
+    for token in x:
+        forget = _forget(config, params, np.einsum("d,dhk->hk", token, params["f"]))
+        value = np.einsum("d,dhv->hv", token, params["i"])
+        query = silu(np.einsum("d,dhk->hk", token, params["q"])) / math.sqrt(config.key_width)
+        state = forget[:, :, None] * state + (1.0 - forget)[:, :, None] * value[:, None]
+        y = normalise(config.norm, params["norm"], np.einsum("hk,hkv->hv", query, state))
+        out.append(np.einsum("hv,hvd->d", y, params["o"]))
+    return np.stack(out)
+
+
 def mamba(config, params, x):
     rank, states, taps = config.rank(x.shape[1]), config.state, config.conv_width
     a = -np.exp(params["A_log"])
@@ -192,9 +257,20 @@ def _window(config, length):
     return mask
 
 
-ORACLES = {"attention": attention, "mamba": mamba, "mamba2": mamba2, "mlp": mlp}
+ORACLES = {
+    "attention": attention,
+    "gated_linear_attention": gated_linear_attention,
+    "hgrn": hgrn,
+    "hgrn2": hgrn2,
+    "mamba": mamba,
+    "mamba2": mamba2,
+    "mlp": mlp,
+}
 VISIBLE = {
     "attention": _window,
+    "gated_linear_attention": _everything_before,
+    "hgrn": _everything_before,
+    "hgrn2": _everything_before,
     "mamba": _everything_before,
     "mamba2": _everything_before,
     "mlp": lambda config, length: np.eye(length, dtype=bool),

@@ -51,6 +51,8 @@ class Piece:
             return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
         if self.form == "vector":
             return (math.prod(self.shape),)
+        if self.form == "stacked":
+            return self.shape[0], math.prod(self.shape[1:])
         return (self.shape[1], 1, self.shape[0]) if self.form == "conv" else self.shape
 
     def ours(self, rows: np.ndarray) -> np.ndarray:

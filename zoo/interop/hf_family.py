@@ -39,7 +39,7 @@ class Rule:
       paths: leaves of the zoo's tree, concatenated along the tensor's first axis; {attention}, {mlp}, {mamba} and so
         on stand for "layers/<sublayer>". A rule holds where the model has its leaves.
       form: "matrix", [inputs..., outputs...] here and [outputs, inputs] there; "vector", flattened; "same"; "conv",
-        [W, Di] here and [Di, 1, W] there.
+        [W, Di] here and [Di, 1, W] there; "stacked", a leaf of all layers [L, ...], flattened per layer there.
     """
 
     key: str
@@ -67,6 +67,7 @@ class HFFamily:
       write: options to the config fields that no single option says; goes with `read`.
       lacks: options to those, as "name=value", that the fields cannot say; goes with `read`.
       special: the options that `read` returns.
+      library: what has the architecture's class.
     """
 
     model_type: str
@@ -85,3 +86,4 @@ class HFFamily:
     write: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     lacks: Callable[[Mapping[str, Any]], list[str]] | None = None
     special: frozenset[str] = frozenset()
+    library: str = "transformers"

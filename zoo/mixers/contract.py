@@ -15,7 +15,7 @@ and y is 0 there.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -52,6 +52,9 @@ class MixerType:
       config_type: the frozen dataclass that describes one instance.
       param_specs, state_specs, mix, flops_per_token: see the module docstring.
       examples: small configs at width 16 that together switch on every option; the conformance battery runs them all.
+      across_layers: functions [L, ...] -> [L, ...] by parameter name, for a value of one layer that depends on the
+        parameters of all. A model applies them once, before its layers run, to that leaf stacked over the repeats of a
+        sublayer; `mix` finds its layer's row of the result at the leaf's place.
     """
 
     name: str
@@ -61,6 +64,7 @@ class MixerType:
     mix: Mix
     flops_per_token: Callable[[Any, int, int], float]
     examples: tuple[Any, ...]
+    across_layers: Mapping[str, Callable[[jax.Array], jax.Array]] = dataclasses.field(default_factory=dict)
 
     def init_state(self, config: Any, batch_size: int, max_length: int, dtype: DTypeLike) -> Any:
         """The state of fresh sequences."""

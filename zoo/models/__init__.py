@@ -1,6 +1,6 @@
 """The pattern-driven language model and its families."""
 
-from zoo.models import dense, mamba, mamba2, mamba2_hybrid, samba
+from zoo.models import dense, gated_linear_attention, hgrn, mamba, mamba2, mamba2_hybrid, samba
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -13,6 +13,8 @@ __all__ = [
     "create",
     "dense",
     "describe",
+    "gated_linear_attention",
+    "hgrn",
     "list_models",
     "mamba",
     "mamba2",

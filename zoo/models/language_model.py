@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from zoo.core.context import SeqContext, last_valid, next_positions
 from zoo.core.linear import linear, materialise
-from zoo.core.params import Spec, Tree, stack, unstack
+from zoo.core.params import Spec, Tree, stack, unstack, update
 from zoo.core.registry import check_choice
 from zoo.core.sharding import constrain
 from zoo.layers import norm
@@ -199,6 +199,23 @@ def _sublayer(params, x, ctx, state, *, sub: Sublayer, config: LanguageModelConf
     return constrain(x, "batch", "time", "embed"), new_state
 
 
+def _across_layers(layers: Any, config: LanguageModelConfig) -> Any:
+    """Layers, stacked or unrolled, with what `MixerType.across_layers` makes of some leaves in their place."""
+    for name, sub in config.sublayers().items():
+        for leaf, function in mixer_of(sub.mixer).across_layers.items():
+            unrolled = isinstance(layers, tuple)
+            mixers = [layer[name]["mixer"] for layer in (layers if unrolled else (layers,))]
+            if leaf not in mixers[0]:
+                continue
+            path = f"{name}/mixer/{leaf}"
+            if unrolled:
+                values = function(jnp.stack([mixer[leaf] for mixer in mixers]))
+                layers = tuple(update(layer, path, value) for layer, value in zip(layers, values, strict=True))
+            else:
+                layers = update(layers, path, function(mixers[0][leaf]))
+    return layers
+
+
 def _run_layers(params, x, ctx, state, config, implementation):
     sublayers = config.sublayers()
 
@@ -214,7 +231,7 @@ def _run_layers(params, x, ctx, state, config, implementation):
 
     if config.remat != "none":
         repeat = jax.checkpoint(repeat, policy=REMAT[config.remat], prevent_cse=False)
-    layers = params["layers"]
+    layers = _across_layers(params["layers"], config)
     if not isinstance(layers, tuple):
         return jax.lax.scan(repeat, x, (layers, state))
     if state is not None and not isinstance(state, tuple):
