@@ -1,6 +1,6 @@
 """The pattern-driven language model and its families."""
 
-from zoo.models import dense, mamba, samba
+from zoo.models import dense, mamba, matmulfree, samba
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -15,6 +15,7 @@ __all__ = [
     "describe",
     "list_models",
     "mamba",
+    "matmulfree",
     "samba",
     "unroll",
 ]
