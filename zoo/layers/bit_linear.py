@@ -6,8 +6,8 @@
   y   = x_q W_q;      dW = x_q^T dy,   dx_n = dy W_q^T, and on through the norm
 
 Rounding is half to even. The product is formed of the integers and scaled afterwards, in training too: integers up to
-127 are exact in bfloat16, and their sums in float32, so that training, packed weights and any way of splitting a batch
-compute the same bits.
+127 are exact in bfloat16, and their sums in float32. Training and packed weights so sum the same integers, in whatever
+order, and differ by the last bit of s alone, whose mean XLA may sum in different orders.
 """
 
 import functools

@@ -88,6 +88,6 @@ register(
         state_specs,
         mix,
         flops_per_token,
-        examples=(BitMLP(24), BitMLP(20, activation="gelu", bit_eps=1e-2)),
+        examples=(BitMLP(20, activation="gelu", bit_eps=1e-2),),
     )
 )
