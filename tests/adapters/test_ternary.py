@@ -129,7 +129,7 @@ def test_errors_name_the_nearest():
         ternary.pack(params(), specs, "embedding")
     with pytest.raises(ValueError, match="pattern is empty"):
         ternary.pack(params(), specs, [])
-    with pytest.raises(ValueError, match="layout='i2s' is not supported; did you mean.*'i2_s'"):
+    with pytest.raises(ValueError, match=r"layout='i2s' is not supported; did you mean.*'i2_s'"):
         ternary.pack(params(), specs, layout="i2s")
     with pytest.raises(ValueError, match="matches no ternary weight"):
         ternary.pack({}, zoo.create("mamba-tiny").param_specs())

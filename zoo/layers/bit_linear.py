@@ -63,27 +63,29 @@ def bit_linear(params: Tree, x: jax.Array, eqn: str, *, eps: float, implementati
     """
     check_equation(eqn)
     norm_scale, weight = params["norm_scale"], params["weight"]
+    y: Any
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, TernaryWeight):
         values, scales = rms_norm_quantize(rows, norm_scale, eps=eps, implementation=implementation)
         y = weight.multiply(values, scales, dtype=x.dtype, implementation=implementation)
+        y = y.reshape(-1, *weight.shape[1:])
     elif any(is_ternary(leaf) for leaf in jax.tree.leaves(weight, is_leaf=is_ternary)):
         x_q = rms_norm_fake_quantize(rows, norm_scale, eps=eps, implementation=implementation)
         return linear(x_q.reshape(x.shape), weight, eqn)
     else:
-        latent = materialise(weight)
-        y = _product(eps, implementation, rows, norm_scale, latent.reshape(latent.shape[0], -1))
-        return y.reshape(*x.shape[:-1], *latent.shape[1:])
-    return y.reshape(*x.shape[:-1], *weight.shape[1:])
+        y = _product(eps, implementation, rows, norm_scale, materialise(weight))
+    return y.reshape(*x.shape[:-1], *y.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(eps, implementation, x, norm_scale, weight):
-    """x [M, D], weight [D, N] -> [M, N]."""
+    """x [M, D], weight [D, outputs...] -> [M, outputs...]."""
     values, scales = rms_norm_quantize(x, norm_scale, eps=eps, implementation=implementation)
     codes, scale = ternarise(weight)
-    total = jnp.dot(values.astype(x.dtype), codes.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (total * (scales[:, None] * scale)).astype(x.dtype)
+    # No reshape of the weight: one of its output dimensions may be split over devices.
+    total = jnp.tensordot(values.astype(x.dtype), codes.astype(x.dtype), 1, preferred_element_type=jnp.float32)
+    scales = scales.reshape(-1, *[1] * (total.ndim - 1))
+    return (total * (scales * scale)).astype(x.dtype)
 
 
 def _forward(eps, implementation, x, norm_scale, weight):
@@ -97,8 +99,9 @@ def _backward(eps, implementation, residuals, dy):
     x_q, of_norm = jax.vjp(quantise, x, norm_scale)
     codes, scale = ternarise(weight)
     w_q = (codes.astype(jnp.float32) * scale).astype(dy.dtype)
-    dx, dnorm_scale = of_norm(jnp.dot(dy, w_q.T))
-    dweight = jnp.dot(x_q.T, dy, preferred_element_type=jnp.float32)
+    outputs = tuple(range(1, dy.ndim))
+    dx, dnorm_scale = of_norm(jnp.tensordot(dy, w_q, (outputs, outputs)))
+    dweight = jnp.tensordot(x_q, dy, (0, 0), preferred_element_type=jnp.float32)
     return dx, dnorm_scale, dweight.astype(weight.dtype)
 
 

@@ -206,7 +206,7 @@ def _sublayer(params, x, ctx, state, *, sub: Sublayer, config: LanguageModelConf
     return constrain(x, "batch", "time", "embed"), new_state
 
 
-def _across_layers(layers, config: LanguageModelConfig):
+def _across_layers(layers: Any, config: LanguageModelConfig) -> Any:
     """Layers, stacked or unrolled, with what `MixerType.across_layers` makes of some leaves in their place."""
     for name, sub in config.sublayers().items():
         for leaf, function in mixer_of(sub.mixer).across_layers.items():
