@@ -12,6 +12,7 @@ QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensiv
 
 FLOAT32_TOLERANCE = 2e-5  # relative to the largest expected value: sums of some hundred float32 products
 BFLOAT16_TOLERANCE = 4e-2  # eight bits of mantissa through three matrix products
+ROUNDING_TOLERANCE = 1e-2  # where float32 puts a number on the other side of a tie, an int8 activation moves by 1/127
 GRADIENT_TOLERANCE = 1e-4  # relative to the largest expected gradient; twice as many float32 operations as forward
 
 

@@ -7,7 +7,15 @@ import optax
 import pytest
 
 import zoo
-from tests.trees import FLOAT32_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_trees_equal, fast_jit, redraw
+from tests.trees import (
+    FLOAT32_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    ROUNDING_TOLERANCE,
+    assert_close,
+    assert_trees_equal,
+    fast_jit,
+    redraw,
+)
 from zoo.adapters import lora
 from zoo.core import sharding
 from zoo.core.compat import make_mesh
@@ -92,13 +100,15 @@ def test_every_preset_takes_adapters(name):
     adapted = attach(params, specs, EVERY_MATRIX, rank=3, alpha=6.0, key=jax.random.key(1))
     matrices = [path for path, spec in flatten(specs).items() if spec.inputs and path.startswith("layers")]
     assert len(jax.tree.leaves(adapted)) == len(jax.tree.leaves(params)) + 2 * len(matrices)
-    assert_close(run(adapted), run(params), FLOAT32_TOLERANCE, "B = 0")
+    quantised = name == "matmulfree-tiny"  # adapters move latent weights before they are quantised: a tie may tip over
+    same, merge = (ROUNDING_TOLERANCE,) * 2 if quantised else (FLOAT32_TOLERANCE, MERGE_TOLERANCE)
+    assert_close(run(adapted), run(params), same, "B = 0")
     trained = randomised(adapted)
     merged = lora.merge(trained)
     check_tree(merged, specs)
     y = run(trained)
     assert np.abs(y - run(params)).max() > 1e-3, "the adapters have no effect"
-    assert_close(run(merged), y, MERGE_TOLERANCE, "merged")
+    assert_close(run(merged), y, merge, "merged")
     if name in ("samba-tiny", "llama-tiny"):
         assert_close(run(zoo.unroll(trained, model.config)), y, FLOAT32_TOLERANCE, "unrolled")
     assert_trees_equal(lora.detach(trained), params, "detached")

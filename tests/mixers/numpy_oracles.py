@@ -4,9 +4,12 @@ An oracle is `f(config, params, x [T, D]) -> y [T, D]` for a document that start
 earlier tokens a token's output depends on.
 """
 
+import contextlib
 import math
 
 import numpy as np
+
+LEVELS, SMALLEST = 127.0, 1e-5  # of quantisers
 
 
 def silu(a):
@@ -245,6 +248,86 @@ def mlp(config, params, x):
     return np.stack(out)
 
 
+class Quantisers:
+    """What the quantisers of the oracles did since `straight_through` began.
+
+    The straight-through gradient of a function is the gradient of that function with every quantiser replaced by the
+    addition of what it added once: the first run records, runs after `rewind` replay.
+
+    Attributes:
+      margin: the smallest distance of a quantised value to the nearest tie, in steps.
+    """
+
+    def __init__(self):
+        self.added, self.cursor, self.recording, self.margin = [], 0, True, 0.5
+
+    def rewind(self):
+        self.recording, self.cursor = not self.added, 0
+
+
+_quantisers = None
+
+
+@contextlib.contextmanager
+def straight_through():
+    """Within it, oracles quantise by a record: see `Quantisers`."""
+    global _quantisers
+    _quantisers = Quantisers()
+    try:
+        yield _quantisers
+    finally:
+        _quantisers = None
+
+
+def quantise(a, step, lowest, highest):
+    """a rounded to multiples of `step` between `lowest` and `highest` steps, half to even."""
+    tape, steps = _quantisers, np.clip(a / step, lowest, highest)
+    if tape is None or tape.recording:
+        rounded = np.rint(steps) * step
+        if tape is not None:
+            tape.margin = min(tape.margin, np.abs(steps - np.floor(steps) - 0.5).min())
+            tape.added.append(rounded - a)
+        return rounded
+    tape.cursor += 1
+    return a + tape.added[tape.cursor - 1]
+
+
+def bit_linear(params, eps):
+    """The map of one token by a BitLinear."""
+    shape, scale = params["weight"].shape, max(np.abs(params["weight"]).mean(), SMALLEST)
+    weight = quantise(params["weight"], scale, -1, 1)
+
+    def apply(token):
+        normed = token / np.sqrt((token * token).mean() + eps) * params["norm_scale"]
+        step = max(np.abs(normed).max(), SMALLEST) / LEVELS
+        return (quantise(normed, step, -128, 127) @ weight.reshape(shape[0], -1)).reshape(shape[1:])
+
+    return apply
+
+
+def mlgru(config, params, x):
+    i, f, g, o = (bit_linear(params[name], config.bit_eps) for name in "ifgo")
+    bound = np.clip(params["lower_bound"], 0.0, 1.0) if config.lower_bound else 0.0
+    h, out = np.zeros(config.inner), []
+    for token in x:
+        forget = bound + (1.0 - bound) / (1.0 + np.exp(-f(token)))
+        h = forget * h + (1.0 - forget) * silu(i(token))
+        gate = g(token)
+        if config.gate_form == "paper":
+            y = h / (1.0 + np.exp(-gate))
+        else:
+            normed, swish = (gate, h) if config.gate_form == "release" else (h, gate)
+            y = normalise(config.gate_norm, params["gate_norm"], normed) * silu(swish)
+        out.append(o(y))
+    return np.stack(out)
+
+
+def bit_mlp(config, params, x):
+    gate_up, down = (bit_linear(params[name], config.bit_eps) for name in ("gate_up", "down"))
+    halves = [gate_up(token) for token in x]
+    return np.stack([down(ACTIVATIONS[config.activation](gate) * up) for gate, up in halves])
+
+
 def _everything_before(config, length):
     return np.tril(np.ones((length, length), bool))
 
@@ -266,6 +349,7 @@ ORACLES = {
     "mamba2": mamba2,
     "mlp": mlp,
 }
+ORACLES |= {"bit_mlp": bit_mlp, "mlgru": mlgru}
 VISIBLE = {
     "attention": _window,
     "gated_linear_attention": _everything_before,
@@ -275,3 +359,4 @@ VISIBLE = {
     "mamba2": _everything_before,
     "mlp": lambda config, length: np.eye(length, dtype=bool),
 }
+VISIBLE |= {"bit_mlp": VISIBLE["mlp"], "mlgru": _everything_before}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.mixers import harness as h
-from tests.mixers.numpy_oracles import ORACLES, VISIBLE
+from tests.mixers.numpy_oracles import ORACLES, VISIBLE, straight_through
 from tests.trees import (
     BFLOAT16_TOLERANCE,
     FLOAT32_TOLERANCE,
@@ -52,7 +52,7 @@ def test_lengths_from_a_fresh_state_match_the_oracle(config):
     expected = h.oracle(config, params, x)
     for length in sorted({1, 2, edge - 1, edge, edge + 1, h.LENGTH} - {0}):
         y, _ = h.forward(config)(params, x[:, :length], h.contiguous(0, length))
-        assert_close(y, expected[:, :length], FLOAT32_TOLERANCE, f"T={length}")
+        assert_close(y, expected[:, :length], h.tolerance(config, FLOAT32_TOLERANCE), f"T={length}")
 
 
 @cases()
@@ -64,13 +64,16 @@ def test_packed_documents_with_a_carried_state_match_the_oracle(config):
     start = np.array([6, 6, 0])
     y, _ = run(params, h.poison(x, SEGMENTS), h.context(SEGMENTS, start), carried)
     expected = h.oracle(config, params, x, SEGMENTS, [history[0], history[1], history[2][:0]])
-    assert_close(y, expected, FLOAT32_TOLERANCE, "y")
+    assert_close(y, expected, h.tolerance(config, FLOAT32_TOLERANCE), "y")
     assert not np.asarray(y)[SEGMENTS == 0].any(), "outputs at padding must be 0"
 
 
 @cases()
 def test_gradients_match_differences_of_the_oracle(config):
-    """d loss / d(every parameter leaf, x), along one random direction per leaf, packed and padded."""
+    """d loss / d(every parameter leaf, x), along one random direction per leaf, packed and padded.
+
+    The oracle's quantisers are replaced by what they added, so that its gradient is the straight-through one.
+    """
     params, x = h.params_of(config), h.inputs(5)
     cot_y, cot_state = h.cotangents(config, 6)
     zero_state = jax.tree.map(np.zeros_like, cot_state)
@@ -82,20 +85,23 @@ def test_gradients_match_differences_of_the_oracle(config):
     assert not np.asarray(of_x)[SEGMENTS == 0].any(), "gradients at padding must be 0"
 
     def loss(changed):
+        quantisers.rewind()
         moved = jax.tree.unflatten(structure, changed)
         return np.sum(h.oracle(config, moved["params"], moved["x"], SEGMENTS) * cot_y)
 
     rng, floor = np.random.default_rng(7), 1e-2 * largest(gradients)
-    for i, (path, gradient) in enumerate(flatten(gradients).items()):
-        direction = rng.standard_normal(leaves[i].shape)
-        moved = [[leaf + sign * DIFFERENCE_STEP * direction if j == i else leaf for j, leaf in enumerate(leaves)]
-                 for sign in (1, -1)]  # fmt: skip
-        expected = (loss(moved[0]) - loss(moved[1])) / (2 * DIFFERENCE_STEP)
-        actual = np.sum(to_float64(gradient) * direction)
-        scale = max(np.linalg.norm(gradient), floor)
-        assert abs(actual - expected) <= GRADIENT_TOLERANCE * scale, (
-            f"{path}: {actual} against {expected}, norm {scale}"
-        )
+    with straight_through() as quantisers:
+        loss(leaves)
+        for i, (path, gradient) in enumerate(flatten(gradients).items()):
+            direction = rng.standard_normal(leaves[i].shape)
+            moved = [[leaf + sign * DIFFERENCE_STEP * direction if j == i else leaf for j, leaf in enumerate(leaves)]
+                     for sign in (1, -1)]  # fmt: skip
+            expected = (loss(moved[0]) - loss(moved[1])) / (2 * DIFFERENCE_STEP)
+            actual = np.sum(to_float64(gradient) * direction)
+            scale = max(np.linalg.norm(gradient), floor)
+            assert abs(actual - expected) <= h.tolerance(config, GRADIENT_TOLERANCE) * scale, (
+                f"{path}: {actual} against {expected}, norm {scale}"
+            )
 
 
 @cases(WITH_OPS, others_slow=True)
@@ -108,8 +114,8 @@ def test_reference_equals_the_platform_default(config, packed):
     x = h.poison(x, SEGMENTS) if packed else x
     args = (params, x, carried, ctx, *h.cotangents(config, 10))
     reference, default = h.gradient(config, "reference")(*args), h.gradient(config)(*args)
-    assert_trees_close(default[1], reference[1], FLOAT32_TOLERANCE, "outputs and state")
-    assert_trees_close(default[0], reference[0], GRADIENT_TOLERANCE, "gradients")
+    assert_trees_close(default[1], reference[1], h.tolerance(config, FLOAT32_TOLERANCE), "outputs and state")
+    assert_trees_close(default[0], reference[0], h.tolerance(config, GRADIENT_TOLERANCE), "gradients")
 
 
 @cases()
@@ -128,9 +134,14 @@ def test_split_at_any_cut_equals_one_pass(config, packed):
             y, state = run(params, x[:, part], ctx, state)
             outputs.append(y)
             begin += size
-        assert_close(np.concatenate(outputs, axis=1), expected, FLOAT32_TOLERANCE, f"split {sizes}")
+        assert_close(
+            np.concatenate(outputs, axis=1), expected, h.tolerance(config, FLOAT32_TOLERANCE), f"split {sizes}"
+        )
         assert_trees_close(
-            h.visible_state(state), h.visible_state(expected_state), FLOAT32_TOLERANCE, f"state of split {sizes}"
+            h.visible_state(state),
+            h.visible_state(expected_state),
+            h.tolerance(config, FLOAT32_TOLERANCE),
+            f"state of split {sizes}",
         )
 
 
@@ -153,9 +164,11 @@ def test_gradient_through_the_carried_state(config):
         of_state = jax.tree.map(
             lambda g, leaf: np.zeros(leaf.shape, np.float32) if g.dtype == jax.dtypes.float0 else g, of_part[2], state
         )
-    assert_trees_close(of_params, jax.tree.map(np.asarray, whole[0]), GRADIENT_TOLERANCE, "d params")
-    assert_close(np.concatenate(of_x, axis=1), whole[1], GRADIENT_TOLERANCE, "d x")
-    assert_trees_close(of_part[2], whole[2], GRADIENT_TOLERANCE, "d state")
+    assert_trees_close(
+        of_params, jax.tree.map(np.asarray, whole[0]), h.tolerance(config, GRADIENT_TOLERANCE), "d params"
+    )
+    assert_close(np.concatenate(of_x, axis=1), whole[1], h.tolerance(config, GRADIENT_TOLERANCE), "d x")
+    assert_trees_close(of_part[2], whole[2], h.tolerance(config, GRADIENT_TOLERANCE), "d state")
 
 
 @cases()
@@ -168,8 +181,8 @@ def test_packed_equals_separate_documents(config):
     first, _ = run(params, x[:, :6], h.contiguous(6, 6), carried)
     second, _ = run(params, x[:, 6:7], h.contiguous(0, 1), h.fresh(config))
     third, last = run(params, x[:, 7:], h.contiguous(0, 6), h.fresh(config))
-    assert_close(y, np.concatenate([first, second, third], axis=1), FLOAT32_TOLERANCE, "y")
-    assert_trees_close(h.visible_state(state), h.visible_state(last), FLOAT32_TOLERANCE, "state")
+    assert_close(y, np.concatenate([first, second, third], axis=1), h.tolerance(config, FLOAT32_TOLERANCE), "y")
+    assert_trees_close(h.visible_state(state), h.visible_state(last), h.tolerance(config, FLOAT32_TOLERANCE), "state")
 
 
 @cases()
@@ -197,11 +210,13 @@ def test_padding_is_neutral(config):
     have, (y, state) = h.gradient(config)(
         params, spread(x, np.nan), carried, h.context(padded, 6), spread(cot_y, 1.0), cot_state
     )
-    assert_close(y, spread(np.asarray(y_want), 0.0), FLOAT32_TOLERANCE, "y")
-    assert_trees_close(h.visible_state(state), h.visible_state(state_want), FLOAT32_TOLERANCE, "state")
-    assert_trees_close(have[0], want[0], GRADIENT_TOLERANCE, "d params")
-    assert_close(have[1], spread(np.asarray(want[1]), 0.0), GRADIENT_TOLERANCE, "d x")
-    assert_trees_close(have[2], want[2], GRADIENT_TOLERANCE, "d state")
+    assert_close(y, spread(np.asarray(y_want), 0.0), h.tolerance(config, FLOAT32_TOLERANCE), "y")
+    assert_trees_close(
+        h.visible_state(state), h.visible_state(state_want), h.tolerance(config, FLOAT32_TOLERANCE), "state"
+    )
+    assert_trees_close(have[0], want[0], h.tolerance(config, GRADIENT_TOLERANCE), "d params")
+    assert_close(have[1], spread(np.asarray(want[1]), 0.0), h.tolerance(config, GRADIENT_TOLERANCE), "d x")
+    assert_trees_close(have[2], want[2], h.tolerance(config, GRADIENT_TOLERANCE), "d state")
 
     nothing = np.zeros((h.BATCH, h.LENGTH), np.int32)
     y, state = run(params, np.full((h.BATCH, h.LENGTH, h.WIDTH), np.nan, np.float32), h.context(nothing), carried)
@@ -217,13 +232,18 @@ def test_ragged_rows_decode_together(config):
     expected = h.oracle(config, params, x)
     prompt = (np.arange(6) < prompts[:, None]).astype(np.int32)
     y, state = run(params, h.poison(x[:, :6], prompt), h.context(prompt), h.fresh(config))
-    assert_close(y, expected[:, :6] * prompt[..., None], FLOAT32_TOLERANCE, "prefill")
+    assert_close(y, expected[:, :6] * prompt[..., None], h.tolerance(config, FLOAT32_TOLERANCE), "prefill")
     for step in range(5):
         alive = (step < decoded).astype(np.int32)[:, None]
         at = np.minimum(prompts + step, h.LENGTH - 1)
         token = x[np.arange(h.BATCH), at][:, None]
         y, state = run(params, h.poison(token, alive), h.context(alive, at), state)
-        assert_close(y, expected[np.arange(h.BATCH), at][:, None] * alive[..., None], FLOAT32_TOLERANCE, f"step {step}")
+        assert_close(
+            y,
+            expected[np.arange(h.BATCH), at][:, None] * alive[..., None],
+            h.tolerance(config, FLOAT32_TOLERANCE),
+            f"step {step}",
+        )
 
 
 @cases(others_slow=True)
@@ -281,7 +301,7 @@ def test_bfloat16_in_with_float32_recurrent_state(config):
     run, state = h.forward(config), h.fresh(config, dtype=jnp.bfloat16)
     y, final = run(params, x, h.contiguous(0, h.LENGTH), state)
     assert y.dtype == jnp.bfloat16
-    assert_close(y, expected, BFLOAT16_TOLERANCE, "y")
+    assert_close(y, expected, h.tolerance(config, BFLOAT16_TOLERANCE), "y")
     specs = flatten(mixer_of(config).state_specs(config, h.BATCH, h.CAPACITY, jnp.bfloat16))
     for path, leaf in flatten(final).items():
         recurrent = "slot" not in specs[path].axes
@@ -310,10 +330,12 @@ def test_vmap_and_checkpoint(config):
     one_by_one = [h.forward(config)(params, one, ctx, h.fresh(config)) for one in x]
     mapped = fast_jit(jax.vmap(apply, in_axes=(None, 0)))(params, x)
     for i, expected in enumerate(one_by_one):
-        assert_trees_close(jax.tree.map(lambda a, i=i: a[i], mapped), expected, FLOAT32_TOLERANCE, f"vmap {i}")
+        assert_trees_close(
+            jax.tree.map(lambda a, i=i: a[i], mapped), expected, h.tolerance(config, FLOAT32_TOLERANCE), f"vmap {i}"
+        )
 
     plain, again = (
         fast_jit(jax.grad(lambda p, x, f=f: jnp.sum(jnp.sin(f(p, x)[0])), argnums=(0, 1)))(params, x[0])
         for f in (apply, jax.checkpoint(apply))
     )
-    assert_trees_close(again, plain, GRADIENT_TOLERANCE, "checkpoint")
+    assert_trees_close(again, plain, h.tolerance(config, GRADIENT_TOLERANCE), "checkpoint")

@@ -13,6 +13,7 @@ import zoo
 from tests.trees import (
     FLOAT32_TOLERANCE,
     GRADIENT_TOLERANCE,
+    ROUNDING_TOLERANCE,
     assert_close,
     assert_trees_close,
     fast_jit,
@@ -24,6 +25,7 @@ from zoo.mixers import attention
 TINY = [name for name in zoo.list_models() if name.endswith("-tiny")]
 LENGTH, WINDOW = 13, 6
 MODEL_TOLERANCE = 1e-4  # several layers of float32, each within FLOAT32_TOLERANCE
+QUANTISED = ("matmulfree-tiny",)  # models with int8 activations, which a float32 error may tip over a tie
 INIT_TOLERANCE = 0.1  # nats around log Z; logits at initialisation have a standard deviation of about 0.2
 
 
@@ -67,16 +69,17 @@ def test_prefill_and_decode_equal_the_full_forward(name):
     model, tokens, run = model_of(name), tokens_of(2), run_of(name)
     params = redraw(model.param_specs(), 3)
     full = run(params, tokens)
+    tolerance = ROUNDING_TOLERANCE if name in QUANTISED else MODEL_TOLERANCE
     lengths, rows = np.array([9, 5]), np.arange(2)
     ctx = SeqContext.from_lengths(lengths, LENGTH)
     out = run(params, tokens, model.init_state(2, LENGTH), ctx)
     inside = np.asarray(ctx.valid)
-    assert_close(np.asarray(out.logits)[inside], np.asarray(full.logits)[inside], MODEL_TOLERANCE, "prefill")
+    assert_close(np.asarray(out.logits)[inside], np.asarray(full.logits)[inside], tolerance, "prefill")
     np.testing.assert_array_equal(out.state.next_position, lengths)
     state = out.state
     for step in range(4):
         out = run(params, tokens[rows, lengths + step][:, None], state)
-        assert_close(out.logits[:, 0], np.asarray(full.logits)[rows, lengths + step], MODEL_TOLERANCE, f"step {step}")
+        assert_close(out.logits[:, 0], np.asarray(full.logits)[rows, lengths + step], tolerance, f"step {step}")
         state = out.state
     np.testing.assert_array_equal(state.next_position, lengths + 4)
 

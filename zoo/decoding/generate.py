@@ -152,7 +152,10 @@ def prepare(model: Model, params: Tree, *, unrolled: bool | None = None) -> Tree
     dtype = jnp.dtype(model.config.dtype)
 
     def cast(spec: Any, leaf: Any) -> Any:
-        return leaf if spec.inputs == 0 or is_weight(leaf) else leaf.astype(dtype)
+        # Latent ternary weights stay: rounded, some of them would fall on the other side of a threshold.
+        if spec.inputs == 0 or is_weight(leaf) or "ternary" in spec.tags:
+            return leaf
+        return leaf.astype(dtype)
 
     params = jax.tree.map(cast, model.param_specs(), params, is_leaf=is_spec)
     unrolled = jax.default_backend() == "cpu" if unrolled is None else unrolled

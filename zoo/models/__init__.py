@@ -1,6 +1,6 @@
 """The pattern-driven language model and its families."""
 
-from zoo.models import dense, gated_linear_attention, hgrn, mamba, mamba2, mamba2_hybrid, samba
+from zoo.models import dense, gated_linear_attention, hgrn, mamba, mamba2, mamba2_hybrid, matmulfree, samba
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -19,6 +19,7 @@ __all__ = [
     "mamba",
     "mamba2",
     "mamba2_hybrid",
+    "matmulfree",
     "samba",
     "unroll",
 ]

@@ -18,7 +18,7 @@ from zoo.core.linear import linear, materialise
 from zoo.core.params import Spec, Tree, stack, unstack, update
 from zoo.core.registry import check_choice
 from zoo.core.sharding import constrain
-from zoo.layers import norm
+from zoo.layers import bit_linear, norm
 from zoo.layers.norm import Norm
 from zoo.mixers.contract import mixer_of
 
@@ -56,6 +56,7 @@ class LanguageModelConfig:
       repeats: how often the pattern is repeated.
       final_norm: normalisation before the head, or None.
       tied: the head is the transposed embedding.
+      head_bit_eps: not None makes the head a BitLinear (ternary weight, int8 input) with this epsilon in its norm.
       embedding_scale, residual_scale, logit_scale: multipliers of embedding, residual branches, logits.
       logit_soft_cap: logits = soft_cap tanh(logits / soft_cap).
       embedding_init_std, head_init_std: standard deviations at initialisation.
@@ -70,6 +71,7 @@ class LanguageModelConfig:
     repeats: int
     final_norm: Norm | None = Norm()
     tied: bool = True
+    head_bit_eps: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -91,6 +93,8 @@ class LanguageModelConfig:
                 raise ValueError(f"{field} must be >= 1, got {getattr(self, field)}")
         if not self.pattern:
             raise ValueError("pattern must hold at least one Sublayer")
+        if self.tied and self.head_bit_eps is not None:
+            raise ValueError(f"head_bit_eps={self.head_bit_eps} needs tied=False: an embedding is not ternary")
         for sublayer in self.pattern:
             mixer_of(sublayer.mixer)
 
@@ -118,7 +122,8 @@ class LanguageModelOutput:
 
 
 def param_specs(config: LanguageModelConfig) -> Tree:
-    """Specs: embedding [Z, D], layers/<sublayer>/{norm, mixer, post_norm} (stacked), final_norm, head [D, Z]."""
+    """Specs: embedding [Z, D], layers/<sublayer>/{norm, mixer, post_norm} (stacked), final_norm, head [D, Z] (or
+    head/{norm_scale, weight})."""
     width, dtype = config.width, config.param_dtype
     layer: dict[str, Any] = {}
     for name, sub in config.sublayers().items():
@@ -139,7 +144,9 @@ def param_specs(config: LanguageModelConfig) -> Tree:
     if config.final_norm is not None and (final := norm.param_specs(config.final_norm, (width,), ("embed",))):
         specs["final_norm"] = final
     if not config.tied:
-        specs["head"] = Spec((width, config.vocab_size), ("embed", "vocab"), normal(config.head_init_std), inputs=1)
+        shape, axes, init = (width, config.vocab_size), ("embed", "vocab"), normal(config.head_init_std)
+        bits = config.head_bit_eps is not None
+        specs["head"] = bit_linear.param_specs(shape, axes, init) if bits else Spec(shape, axes, init, inputs=1)
     return jax.tree.map(lambda s: dataclasses.replace(s, dtype=jnp.dtype(dtype)), specs, is_leaf=_is_spec)
 
 
@@ -243,10 +250,15 @@ def _run_layers(params, x, ctx, state, config, implementation):
     return x, tuple(new_states)
 
 
-def head(params: Tree, hidden: jax.Array, *, config: LanguageModelConfig) -> jax.Array:
+def head(
+    params: Tree, hidden: jax.Array, *, config: LanguageModelConfig, implementation: str | None = None
+) -> jax.Array:
     """Logits float32[B, T, Z] of normalised hidden states [B, T, D]."""
     if config.tied:
         logits = linear(hidden, params["embedding"], "btd,zd->btz")
+    elif config.head_bit_eps is not None:
+        options = {"eps": config.head_bit_eps, "implementation": implementation}
+        logits = bit_linear.bit_linear(params["head"], hidden, "btd,dz->btz", **options)
     else:
         logits = linear(hidden, params["head"], "btd,dz->btz")
     logits = constrain(logits.astype(jnp.float32), "batch", "time", "vocab")
@@ -314,7 +326,7 @@ def apply(
         last = jnp.maximum(last_valid(ctx), 0)
         read = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     return LanguageModelOutput(
-        logits=None if logits == "none" else head(params, read, config=config),
+        logits=None if logits == "none" else head(params, read, config=config, implementation=implementation),
         state=LanguageModelState(next_position=next_positions(ctx, start), layers=layers),
         aux={"hidden": hidden},
     )
