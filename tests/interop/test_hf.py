@@ -72,6 +72,7 @@ def _assert_same_weights(a, b):
 def _assert_same_config(case, a, b):
     # These repeat others (layer_types, intermediate_size) or say one thing in several ways; equal logits cover them.
     redundant = {"rope_parameters", "rope_scaling", "max_window_layers", "expand"}
+    redundant |= {"ffn_proj_factor", "ffn_round_up_to_multiple_of"}
     for name in set(HF_FAMILIES[case.model_type].fields) - redundant:
         if name == "max_position_embeddings" and "max_length" in case.overrides:
             continue

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.core.registry import check_choice, nearest
-from zoo.interop import hf_rope
+from zoo.interop import hf_rope, hf_xlstm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Rule:
 
     Attributes:
       key: template with {layer} and, for one tensor per head, {head}.
-      paths: leaves of the zoo's tree, concatenated along the tensor's first axis; {attention}, {mlp} and {mamba} stand
-        for "layers/<sublayer>". A rule holds where the model has its leaves.
+      paths: leaves of the zoo's tree, concatenated along the tensor's first axis; {attention}, {mlp}, {mamba} and
+        {mlstm} stand for "layers/<sublayer>". A rule holds where the model has its leaves.
       form: "matrix", [inputs..., outputs...] here and [outputs, inputs] there; "vector", flattened; "same"; "conv",
         [W, Di] here and [Di, 1, W] there.
     """
@@ -214,6 +214,12 @@ _MAMBA_RULES = (
         )
     ),
 )
+_XLSTM_RULES = (
+    Rule("backbone.embeddings.weight", ("embedding",), "same"),
+    Rule("backbone.out_norm.weight", ("final_norm/scale",), "vector"),
+    Rule("lm_head.weight", ("head",), "matrix"),
+    *(Rule(f"backbone.blocks.{{layer}}.{key}", (path,), form) for key, path, form in hf_xlstm.TENSORS),
+)
 _BIASES = ("qkv_bias", "out_bias")
 
 HF_FAMILIES: Mapping[str, HFFamily] = {
@@ -377,6 +383,25 @@ HF_FAMILIES: Mapping[str, HFFamily] = {
             required={"hidden_act": ("silu", "swish"), "rms_norm": (True,), "ssm_cfg": ({}, None)},
             ignored=frozenset(_MAMBA.split()),
         ),
+        HFFamily(
+            "xlstm",
+            "xLSTMForCausalLM",
+            "xlstm",
+            {
+                "vocab_size": Field(50304, ("vocab_size",)),
+                "num_heads": Field(8, ("heads",)),
+                "use_bias": Field(False, ("bias",)),
+                "norm_eps": Field(1e-6, ("norm_eps",)),
+                "eps": Field(1e-6, ("cell_eps",)),
+                "gate_soft_cap": Field(15.0, ("gate_soft_cap",)),
+                "output_logit_soft_cap": Field(30.0, ("logit_soft_cap",)),
+                **{name: Field(default) for name, default in hf_xlstm.SIZES.items()},
+            },
+            _XLSTM_RULES,
+            fixed={"tied": False},
+            required={"tie_word_embeddings": (False,), "weight_mode": ("single",), "add_out_norm": (True,)},
+            ignored=frozenset(hf_xlstm.IGNORED.split()),
+        ),
     )
 }
 
@@ -438,6 +463,8 @@ def read_options(family: HFFamily, config: Mapping[str, Any], max_length: int | 
         # Not in float32, the residual stream has the compute dtype.
         options["residual_dtype"] = "float32" if config["residual_in_fp32"] else None
         return options
+    if family.family == "xlstm":
+        return options | hf_xlstm.read(config)
     options |= hf_rope.read(
         config, types=family.rope_types, default_fraction=family.rope_fraction, max_length=max_length
     )

@@ -5,15 +5,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.core.registry import nearest
-from zoo.interop import hf_rope
+from zoo.interop import hf_rope, hf_xlstm
 from zoo.interop.families import HF_FAMILIES, HFFamily
 from zoo.models.model import FAMILIES, Model
 
 # Options of how a model is run and not of what it computes; a config has no place for them.
 RUNTIME = frozenset({"dtype", "param_dtype", "residual_dtype", "remat"})
-# Options that code below checks and writes. Mamba has no positions, so its `max_length` is only a default for states.
+# Options that code below checks and writes. Mamba and xLSTM have no positions: their `max_length` is only a default for
+# states.
 SHOWN = 3  # model_types whose reasons an error lists
-SPECIAL = frozenset({"rope_theta", "rope_fraction", "rope_scaling", "window", "inner", "dt_rank", "max_length"})
+SPECIAL: Mapping[str, frozenset[str]] = {
+    "dense": frozenset({"rope_theta", "rope_fraction", "rope_scaling", "window"}),
+    "mamba": frozenset({"inner", "dt_rank", "max_length"}),
+    "xlstm": frozenset({"width", "layers", "hidden", "key_width", "value_width", "init_std", "max_length"}),
+}
 
 
 def _resolved(model: Model) -> dict[str, Any]:
@@ -27,13 +32,16 @@ def _resolved(model: Model) -> dict[str, Any]:
         options["head_width"] = width // heads if options["head_width"] is None else options["head_width"]
         if options["attention_scale"] == options["head_width"] ** -0.5:
             options["attention_scale"] = None
+    if model.family == "xlstm":
+        mlstm, mlp = (sublayer.mixer for sublayer in model.config.pattern)
+        options |= {"key_width": mlstm.key_width, "value_width": mlstm.value_width, "hidden": mlp.hidden}
     return options
 
 
 def lacks(family: HFFamily, options: Mapping[str, Any]) -> list[str]:
     """The options, as "name=value", that a model_type cannot express."""
     problems = [f"{name}={options[name]}" for name, value in family.fixed.items() if options[name] != value]
-    handled = {*RUNTIME, *SPECIAL, *family.fixed}
+    handled = {*RUNTIME, *SPECIAL[family.family], *family.fixed}
     for field in family.fields.values():
         handled.update(field.options)
         values = [options[name] for name in field.options]
@@ -46,6 +54,8 @@ def lacks(family: HFFamily, options: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name}={options[name]}")
     if family.family == "dense":
         problems += _lacks_dense(family, options)
+    if family.family == "xlstm":
+        problems += hf_xlstm.lacks(options)
     return problems
 
 
@@ -128,6 +138,8 @@ def write(family: HFFamily, options: Mapping[str, Any], dtype: str) -> dict[str,
             "residual_in_fp32": options["residual_dtype"] == "float32",
         }
         return config
+    if family.family == "xlstm":
+        return config | hf_xlstm.write(options)
     if config["head_dim"] * options["heads"] == options["width"] and family.model_type not in ("llama", "mistral"):
         del config["head_dim"]  # no field of these configs; read where it is given
     partial = family.rope_fraction is not None

@@ -1,6 +1,6 @@
 """The pattern-driven language model and its families."""
 
-from zoo.models import dense, mamba, samba
+from zoo.models import dense, mamba, samba, xlstm
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -17,4 +17,5 @@ __all__ = [
     "mamba",
     "samba",
     "unroll",
+    "xlstm",
 ]
