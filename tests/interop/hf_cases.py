@@ -45,8 +45,8 @@ def _mamba(**config: Any) -> Case:
 
 
 def _xlstm(**config: Any) -> Case:
-    # Caps and epsilons that act; keys and values of all heads together a multiple of 64 wide, or transformers' cache has
-    # another shape than its states.
+    # Caps and epsilons that act; keys and values of all heads together a multiple of 64 wide, or transformers' cache
+    # has another shape than its states.
     base = {name: BASE[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     sizes = {"num_hidden_layers": 2, "num_blocks": 2, "num_heads": 4, "hidden_size": 32, "embedding_dim": 32}
     effects = {"gate_soft_cap": 2.0, "output_logit_soft_cap": 3.0, "eps": 0.1, "norm_eps": 1e-2}

@@ -98,7 +98,10 @@ def test_parity_and_round_trip(name, tmp_path):
     assert type(again) is type(theirs)
     _assert_same_weights(theirs, again)
     _assert_same_config(case, theirs.config, again.config)
-    # To the same length of the context both configs give the same function, to the bit.
+    # To the same length of the context both configs give the same function, to the bit. Not at the odd addresses of a
+    # file's tensors, though: there some of torch's sums take another order.
+    for parameter in again.parameters():
+        parameter.data = parameter.data.clone()
     np.testing.assert_array_equal(hf_cases.logits(again, tokens), want)
 
 

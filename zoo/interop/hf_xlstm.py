@@ -45,6 +45,7 @@ SIZES: Mapping[str, Any] = {
     "num_blocks": None,
     "qk_dim_factor": 0.5,
     "v_dim_factor": 1.0,
+    "head_dim": None,  # of the values, in released configs
     "ffn_proj_factor": FFN_FACTOR,
     "ffn_round_up_to_multiple_of": FFN_MULTIPLE,
 }
@@ -73,6 +74,10 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"xlstm config: num_heads={heads} must divide {factor}={config[factor]} * {width} = {total}"
             )
         options[option] = total // heads
+    if config["head_dim"] not in (None, options["value_width"]):
+        raise ValueError(
+            f"xlstm config: head_dim={config['head_dim']!r} must be that of the values, {options['value_width']}"
+        )
     multiple = config["ffn_round_up_to_multiple_of"]
     if multiple < 1:
         raise ValueError(f"xlstm config: ffn_round_up_to_multiple_of={multiple} must be >= 1")
