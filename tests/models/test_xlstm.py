@@ -7,7 +7,7 @@ import pytest
 
 import zoo
 from tests.mixers import harness as h
-from zoo.core.params import initialise
+from zoo.core.params import flatten
 from zoo.layers.norm import Norm
 from zoo.mixers import MLSTM, SLSTM, MLSTMBlock, mixer_of
 from zoo.models.xlstm import block_kinds
@@ -15,33 +15,33 @@ from zoo.models.xlstm import block_kinds
 FLAT = Norm("rms", 1e-30, scale=False)  # divides by the root mean square, nothing else
 
 
-def _init(name):
-    return zoo.create(name).init(jax.random.key(0))["layers"]
+def _start(name, path):
+    """A leaf of one layer as it is initialised."""
+    spec = flatten(zoo.create(name).param_specs())[f"layers/{path}"]
+    return np.asarray(spec.init(jax.random.key(0), spec.shape[1:], spec.dtype))
 
 
 def test_gates_of_7b_at_initialisation():
-    layers = _init("xlstm-tiny")
-    mixer, mlp = layers["0_mlstm"]["mixer"], layers["1_mlp"]["mixer"]
     for name, bias in (("input_gate", [-10.0] * 4), ("forget_gate", [3.0, 4.0, 5.0, 6.0])):
-        assert not mixer[name].any()
-        np.testing.assert_allclose(mixer[f"{name}_bias"], [bias] * 4, rtol=1e-6)
+        assert not _start("xlstm-tiny", f"0_mlstm/mixer/{name}").any()
+        np.testing.assert_allclose(_start("xlstm-tiny", f"0_mlstm/mixer/{name}_bias"), bias, rtol=1e-6)
     # Of the other gates none starts at 0: the layers would start without effect and, for a while, without gradient.
-    assert float(jnp.std(mixer["output_gate"])) > 0.01
-    assert float(jnp.std(mlp["gate"])) > 0.01
+    for path in ("0_mlstm/mixer/output_gate", "1_mlp/mixer/gate"):
+        assert np.std(_start("xlstm-tiny", path)) == pytest.approx(0.02, rel=0.1)
 
 
 def test_gates_of_the_blocks_at_initialisation():
-    layers = _init("xlstm-1-1-tiny")
-    mlstm, slstm = layers["0_mlstm_block"]["mixer"], layers["1_slstm"]["mixer"]
-    assert not mlstm["gates"].any()
-    np.testing.assert_allclose(mlstm["gates_bias"][:, 1], [[3.0, 4.0, 5.0, 6.0]] * 2, rtol=1e-6)
-    assert 0 < float(jnp.abs(mlstm["gates_bias"][:, 0]).max()) < 0.5
-    np.testing.assert_array_equal(mlstm["skip"], 1.0)
-    assert not slstm["recurrent"].any()
+    name, mlstm, slstm = "xlstm-1-1-tiny", "0_mlstm_block/mixer", "1_slstm/mixer"
+    assert not _start(name, f"{mlstm}/gates").any()
+    input_bias, forget_bias = _start(name, f"{mlstm}/gates_bias")
+    np.testing.assert_allclose(forget_bias, [3.0, 4.0, 5.0, 6.0], rtol=1e-6)
+    assert 0 < np.abs(input_bias).max() < 0.5
+    np.testing.assert_array_equal(_start(name, f"{mlstm}/skip"), 1.0)
+    assert not _start(name, f"{slstm}/recurrent").any()
     # The sLSTM blocks 1 and 3 of 4 share a place: their mean depth is 2/3.
-    want = 5 - 12 * (np.arange(16) / 15) ** (0.3 + 1.3 * 2 / 3)
-    np.testing.assert_allclose(slstm["bias"][0, 1, 0], want, rtol=1e-5, atol=1e-5)
-    assert not np.delete(np.asarray(slstm["bias"]), 1, axis=1).any()
+    bias, want = _start(name, f"{slstm}/bias"), 5 - 12 * (np.arange(16) / 15) ** (0.3 + 1.3 * 2 / 3)
+    np.testing.assert_allclose(bias[1], np.broadcast_to(want, (4, 16)), rtol=1e-5, atol=1e-5)
+    assert not np.delete(bias, 1, axis=0).any()
 
 
 def test_forget_bias_by_depth():
@@ -127,7 +127,7 @@ def test_released_widths():
     assert zoo.create("xlstm-tiny", width=24).config.pattern[1].mixer.hidden == 64, "64.008 counts as 64, as released"
 
 
-def test_slstm_initialises_with_one_cell_per_head():
+def test_slstm_with_one_cell_per_head_starts_open():
     config = SLSTM(width=4, heads=4)
-    bias = initialise(mixer_of(config).param_specs(config, 4), jax.random.key(0))["bias"]
-    np.testing.assert_array_equal(bias[1], 5.0)
+    spec = mixer_of(config).param_specs(config, 4)["bias"]
+    np.testing.assert_array_equal(spec.init(None, spec.shape, spec.dtype)[1], 5.0)

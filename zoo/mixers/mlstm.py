@@ -188,14 +188,13 @@ register(
         flops_per_token,
         # Both epsilons so large that a wrong place of either shows.
         examples=(
-            MLSTM(heads=2, key_width=4, value_width=8, gate_soft_cap=1.5, cell_eps=0.1, norm=Norm("layer", 0.2)),
             MLSTM(
                 heads=3,
                 key_width=5,
-                value_width=3,
-                gate_soft_cap=None,
-                norm=Norm("rms", 1e-2, scale=False),
-                cell_eps=0.3,
+                value_width=4,
+                gate_soft_cap=1.5,
+                norm=Norm("layer", 0.2, bias=True),
+                cell_eps=0.1,
                 bias=True,
             ),
         ),
