@@ -16,7 +16,19 @@ from tests.interop import hf_cases
 SMALL = {"vocab_size": 31, "num_hidden_layers": 2}
 LENGTH = 13
 # The case of each model_type that switches on most, made smaller.
-CHANGES = {"qwen2": {"max_window_layers": 1}}
+CHANGES = {
+    "qwen2": {"max_window_layers": 1},
+    "xlstm": {
+        "num_blocks": 2,
+        "hidden_size": 24,
+        "embedding_dim": 24,
+        "qk_dim_factor": 0.5,
+        "v_dim_factor": 1.0,
+        "ffn_proj_factor": 2.667,
+        "ffn_round_up_to_multiple_of": 64,
+        "chunk_size": 4,  # the chunked form, and the recurrence for what is left of it
+    },
+}
 STORED = {"nemotron_h": ("model.", "backbone.")}  # the name of the trunk in memory and in files, where they differ
 
 

@@ -57,6 +57,15 @@ def _mamba2(**config: Any) -> dict[str, Any]:
     }
 
 
+def _xlstm(**config: Any) -> Case:
+    # Caps and epsilons that act; keys and values of all heads together a multiple of 64 wide, or transformers' cache
+    # has another shape than its states.
+    base = {name: BASE[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"num_hidden_layers": 2, "num_blocks": 2, "num_heads": 4, "hidden_size": 32, "embedding_dim": 32}
+    effects = {"gate_soft_cap": 2.0, "output_logit_soft_cap": 3.0, "eps": 0.1, "norm_eps": 1e-2}
+    return Case("xlstm", {**base, **sizes, **effects, "qk_dim_factor": 2.0, "v_dim_factor": 4.0, **config})
+
+
 LLAMA3 = _rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=0.5)
 
@@ -160,6 +169,8 @@ CASES: Mapping[str, Case] = {
         ssm_state_size=3,
         use_conv_bias=False,
     ),
+    "xlstm": _xlstm(use_bias=True, ffn_proj_factor=1.3, ffn_round_up_to_multiple_of=8),
+    "xlstm_plain": _xlstm(num_heads=1, v_dim_factor=2.0),
 }
 
 
@@ -192,7 +203,7 @@ def logits(model, tokens, cuts: tuple[int, ...] = ()):
     if not cuts:
         with torch.no_grad():
             return model(torch.as_tensor(tokens), use_cache=False).logits.numpy()
-    name = "cache_params" if model.config.model_type in ("mamba", "mamba2") else "past_key_values"
+    name = "cache_params" if model.config.model_type in ("mamba", "mamba2", "xlstm") else "past_key_values"
     cache, parts, start = None, [], 0
     for cut in cuts:
         with torch.no_grad():

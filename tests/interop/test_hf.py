@@ -72,6 +72,7 @@ def _assert_same_weights(a, b):
 def _assert_same_config(case, a, b):
     # These repeat others (layer_types, intermediate_size) or say one thing in several ways; equal logits cover them.
     redundant = {"rope_parameters", "rope_scaling", "max_window_layers", "expand"}
+    redundant |= {"ffn_proj_factor", "ffn_round_up_to_multiple_of"}
     for name in set(HF_FAMILIES[case.model_type].fields) - redundant:
         if name == "max_position_embeddings" and "max_length" in case.overrides:
             continue
@@ -97,7 +98,10 @@ def test_parity_and_round_trip(name, tmp_path):
     assert type(again) is type(theirs)
     _assert_same_weights(theirs, again)
     _assert_same_config(case, theirs.config, again.config)
-    # To the same length of the context both configs give the same function, to the bit.
+    # To the same length of the context both configs give the same function, to the bit. Not at the odd addresses of a
+    # file's tensors, though: there some of torch's sums take another order.
+    for parameter in again.parameters():
+        parameter.data = parameter.data.clone()
     np.testing.assert_array_equal(hf_cases.logits(again, tokens), want)
 
 

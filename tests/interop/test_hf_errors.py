@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import zoo
 from zoo.core.params import flatten, map_specs
-from zoo.interop import hf_rope, safetensors_io
+from zoo.interop import hf_config, hf_rope, safetensors_io
 from zoo.interop.families import HF_FAMILIES, read_options
 from zoo.layers.rotary import Linear, LongRoPE
 
@@ -159,6 +159,26 @@ PUBLISHED = {
             "vocab_size": 151936,
         },
     ),
+    "xLSTM-7b": (
+        "xlstm-7b",
+        {
+            "chunk_size": 64,
+            "chunkwise_kernel": "chunkwise--triton_xl_chunk",
+            "embedding_dim": 4096,
+            "ffn_proj_factor": 2.667,
+            "ffn_round_up_to_multiple_of": 64,
+            "gate_soft_cap": 15.0,
+            "head_dim": 512,
+            "model_type": "xlstm",
+            "num_blocks": 32,
+            "num_heads": 8,
+            "output_logit_soft_cap": 30.0,
+            "qk_dim_factor": 0.5,
+            "v_dim_factor": 1.0,
+            "vocab_size": 50304,
+            "weight_mode": "single",
+        },
+    ),
 }
 
 
@@ -167,8 +187,9 @@ def test_published_configs_are_the_presets(name):
     preset, config = PUBLISHED[name]
     options = read_options(HF_FAMILIES[config["model_type"]], config)
     free = {"init_std", "max_length"}  # of training and of serving; the presets choose their own
-    model = zoo.create("dense", **{**options, **{key: zoo.create(preset).options[key] for key in free}})
-    assert model.config == zoo.create(preset).config
+    want = zoo.create(preset)
+    model = zoo.create(want.family, **{**options, **{key: want.options[key] for key in free}})
+    assert model.config == want.config
 
 
 @pytest.mark.parametrize(
@@ -228,6 +249,15 @@ def test_config_fields_that_are_refused(folder, field, value, word):
         ("qwen2", "layer_types", ["full_attention", "chunked_attention"]),
         ("qwen2", "layer_types", ["full_attention"]),
         ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
+        ("xlstm", "weight_mode", "fused"),
+        ("xlstm", "add_out_norm", False),
+        ("xlstm", "tie_word_embeddings", True),
+        ("xlstm", "num_blocks", 3),
+        ("xlstm", "hidden_size", "64"),
+        ("xlstm", "head_dim", 256),
+        ("xlstm", "num_heads", 3),
+        ("xlstm", "ffn_round_up_to_multiple_of", 0),
+        ("xlstm", "gate_soft_cap", None),
     ],
 )
 def test_family_fields_that_are_refused(model_type, field, value):
@@ -239,6 +269,19 @@ def test_fields_that_change_nothing_are_read_past(folder, llama):
     _edit_config(folder, attention_dropout=0.1, use_cache=False, eos_token_id=[1, 2], temperature=0.7, auto_map={})
     model, _ = zoo.from_hf(folder)
     assert model.config == llama[0].config
+
+
+def test_sizes_of_xlstm_there_and_back():
+    """Factors of the width, for sizes that no short decimal gives; caps have no "none" in a config."""
+    for width, heads, key, value, hidden in ((30, 3, 7, 11, 37), (4096, 8, 256, 512, 10944), (7, 1, 5, 3, 1000003)):
+        sizes = {"width": width, "layers": 2, "heads": heads, "key_width": key, "value_width": value, "hidden": hidden}
+        model = zoo.create("xlstm", vocab_size=9, **sizes)
+        config = hf_config.write(*hf_config.choose(model, None), "float32")
+        assert zoo.create("xlstm", **read_options(HF_FAMILIES["xlstm"], config), init_std=None).config == model.config
+        with pytest.raises(ValueError, match="xlstm lacks gate_soft_cap=None"):
+            hf_config.choose(zoo.create("xlstm", vocab_size=9, **sizes, gate_soft_cap=None), None)
+    one_name = read_options(HF_FAMILIES["xlstm"], {"embedding_dim": 64, "num_blocks": 3})
+    assert (one_name["width"], one_name["layers"]) == (64, 3)
 
 
 def test_phi3_names_of_longrope():

@@ -224,7 +224,7 @@ def to_hf(
     """Writes a model as a Hugging Face folder: config.json and safetensors.
 
     The folder appears when it is complete. Parameters keep their dtypes. Options of how a model is run (dtype, remat)
-    and, for Mamba, `max_length` have no place in the config.
+    and, for Mamba and xLSTM, `max_length` have no place in the config.
 
     Args:
       model: from `zoo.create` or `zoo.from_hf`.

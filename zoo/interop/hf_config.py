@@ -27,6 +27,9 @@ def _resolved(model: Model) -> dict[str, Any]:
         options["head_width"] = width // heads if options["head_width"] is None else options["head_width"]
         if options["attention_scale"] == options["head_width"] ** -0.5:
             options["attention_scale"] = None
+    if model.family == "xlstm":
+        mlstm, mlp = (sublayer.mixer for sublayer in model.config.pattern)
+        options |= {"key_width": mlstm.key_width, "value_width": mlstm.value_width, "hidden": mlp.hidden}
     return options
 
 

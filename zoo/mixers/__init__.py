@@ -1,6 +1,19 @@
 """Token mixers, one file each, all on the contract of `zoo.mixers.contract`."""
 
-from zoo.mixers import attention, bit_mlp, gated_linear_attention, hgrn, hgrn2, mamba, mamba2, mlgru, mlp
+from zoo.mixers import (
+    attention,
+    bit_mlp,
+    gated_linear_attention,
+    hgrn,
+    hgrn2,
+    mamba,
+    mamba2,
+    mlgru,
+    mlp,
+    mlstm,
+    mlstm_block,
+    slstm,
+)
 from zoo.mixers.attention import Attention, QKNorm
 from zoo.mixers.bit_mlp import BitMLP
 from zoo.mixers.contract import MIXERS, MixerType, mixer_of, register
@@ -11,6 +24,9 @@ from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.mlgru import MLGRU
 from zoo.mixers.mlp import MLP
+from zoo.mixers.mlstm import MLSTM
+from zoo.mixers.mlstm_block import MLSTMBlock
+from zoo.mixers.slstm import SLSTM
 
 __all__ = [
     "HGRN",
@@ -18,12 +34,15 @@ __all__ = [
     "MIXERS",
     "MLGRU",
     "MLP",
+    "MLSTM",
+    "SLSTM",
     "Attention",
     "BitMLP",
     "ChannelGate",
     "FixedDecay",
     "GatedLinearAttention",
     "HeadGate",
+    "MLSTMBlock",
     "Mamba",
     "Mamba2",
     "MixerType",
@@ -38,5 +57,8 @@ __all__ = [
     "mixer_of",
     "mlgru",
     "mlp",
+    "mlstm",
+    "mlstm_block",
     "register",
+    "slstm",
 ]

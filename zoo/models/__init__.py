@@ -1,6 +1,6 @@
 """The pattern-driven language model and its families."""
 
-from zoo.models import dense, gated_linear_attention, hgrn, mamba, mamba2, mamba2_hybrid, matmulfree, samba
+from zoo.models import dense, gated_linear_attention, hgrn, mamba, mamba2, mamba2_hybrid, matmulfree, samba, xlstm
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -22,4 +22,5 @@ __all__ = [
     "matmulfree",
     "samba",
     "unroll",
+    "xlstm",
 ]
