@@ -1,6 +1,6 @@
 """The pattern-driven language model and its families."""
 
-from zoo.models import dense, mamba, samba
+from zoo.models import based, dense, mamba, samba
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -10,6 +10,7 @@ __all__ = [
     "LanguageModelConfig",
     "Model",
     "Sublayer",
+    "based",
     "create",
     "dense",
     "describe",
