@@ -147,7 +147,7 @@ def _heads(weight, token):
     return np.stack([token @ weight[:, h] for h in range(weight.shape[1])])
 
 
-def _expand(a):
+def expand_taylor(a):
     """The paper's 1 + K + K^2 features of one vector, each pair in both orders."""
     root = math.sqrt(len(a))
     return np.concatenate([[1.0], a / math.sqrt(root), np.outer(a, a).ravel() / (math.sqrt(2.0) * root)])
@@ -160,7 +160,7 @@ def taylor_attention(config, params, x):
         q, k, v = (_heads(params[name], token) for name in ("q", "k", "v"))
         y = np.zeros(x.shape[1])
         for h in range(config.heads):
-            phi_q, phi_k = _expand(q[h]), _expand(k[h])
+            phi_q, phi_k = expand_taylor(q[h]), expand_taylor(k[h])
             kv[h], z[h] = kv[h] + np.outer(phi_k, v[h]), z[h] + phi_k
             y = y + (phi_q @ kv[h]) / (phi_q @ z[h] + config.eps) @ params["o"][h]
         out.append(y)

@@ -167,8 +167,7 @@ register(
         flops_per_token,
         examples=(
             BaseConv(inner=24),
-            BaseConv(inner=16, conv_width=4, form="residual", conv_bias=True),
-            BaseConv(inner=8, conv_width=2, conv_bias=True, bias=False),
+            BaseConv(inner=16, conv_width=2, form="residual", conv_bias=True),
         ),
     )
 )
