@@ -67,7 +67,7 @@ def test_is_its_definition_with_gradient(documents, options):
     exact = [np.float64(a) for a in arrays]
     total, divergence, rows = loops(*exact, inside, causal, scale, eps)
     assert_close(out.loss_sum, total, FLOAT32_TOLERANCE, "loss")
-    assert_close(out.metrics["kl"], divergence, FLOAT32_TOLERANCE * total / divergence, "kl")
+    assert abs(float(out.metrics["kl"]) - divergence) <= FLOAT32_TOLERANCE * total
     assert float(out.weight) == rows
     assert not np.any(grads[0]), "the teacher is frozen"
     assert not np.any(grads[1]), "the teacher is frozen"
@@ -75,10 +75,10 @@ def test_is_its_definition_with_gradient(documents, options):
     for n in (2, 3):
         assert not np.asarray(grads[n])[inside < 0].any()
         direction = rng.standard_normal(exact[n].shape) * exact[n]  # features stay positive
-        ends = [
-            loops(*[a + (m == n) * sign * DIFFERENCE_STEP * direction for m, a in enumerate(exact)],
-                  inside, causal, scale, eps)[0] for sign in (1, -1)
-        ]  # fmt: skip
+        ends = []
+        for sign in (1, -1):
+            moved = [a + sign * DIFFERENCE_STEP * direction if m == n else a for m, a in enumerate(exact)]
+            ends.append(loops(*moved, inside, causal, scale, eps)[0])
         expected = (ends[0] - ends[1]) / (2 * DIFFERENCE_STEP)
         size = np.linalg.norm(np.float64(grads[n]) * direction)
         assert abs(np.sum(np.float64(grads[n]) * direction) - expected) <= GRADIENT_TOLERANCE * max(size, 1.0)
