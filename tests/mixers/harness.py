@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.mixers.numpy_oracles import ORACLES
+from tests.mixers.oracles import ORACLES
 from tests.trees import ROUNDING_TOLERANCE, fast_jit, redraw, to_float64
 from zoo.core.context import SeqContext
 from zoo.core.params import abstract

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.mixers import harness as h
-from tests.mixers.numpy_oracles import ORACLES, VISIBLE, straight_through
+from tests.mixers.numpy_oracles import straight_through
+from tests.mixers.oracles import ORACLES, VISIBLE
 from tests.trees import (
     BFLOAT16_TOLERANCE,
     FLOAT32_TOLERANCE,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.mixers import harness as h
-from tests.mixers.numpy_oracles import ORACLES, silu
+from tests.mixers.numpy_oracles import silu
+from tests.mixers.oracles import ORACLES
 from tests.trees import FLOAT32_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_finite, to_float64
 from zoo.layers.norm import Norm
 from zoo.layers.rotary import Rotary

@@ -3,7 +3,9 @@
 from zoo.mixers import (
     attention,
     bit_mlp,
+    gated_convolution,
     gated_linear_attention,
+    hedgehog,
     hgrn,
     hgrn2,
     mamba,
@@ -13,11 +15,14 @@ from zoo.mixers import (
     mlstm,
     mlstm_block,
     slstm,
+    taylor_attention,
 )
 from zoo.mixers.attention import Attention, QKNorm
 from zoo.mixers.bit_mlp import BitMLP
 from zoo.mixers.contract import MIXERS, MixerType, mixer_of, register
+from zoo.mixers.gated_convolution import BaseConv
 from zoo.mixers.gated_linear_attention import ChannelGate, FixedDecay, GatedLinearAttention, HeadGate
+from zoo.mixers.hedgehog import Hedgehog
 from zoo.mixers.hgrn import HGRN
 from zoo.mixers.hgrn2 import HGRN2
 from zoo.mixers.mamba import Mamba
@@ -27,6 +32,7 @@ from zoo.mixers.mlp import MLP
 from zoo.mixers.mlstm import MLSTM
 from zoo.mixers.mlstm_block import MLSTMBlock
 from zoo.mixers.slstm import SLSTM
+from zoo.mixers.taylor_attention import TaylorAttention
 
 __all__ = [
     "HGRN",
@@ -37,19 +43,24 @@ __all__ = [
     "MLSTM",
     "SLSTM",
     "Attention",
+    "BaseConv",
     "BitMLP",
     "ChannelGate",
     "FixedDecay",
     "GatedLinearAttention",
     "HeadGate",
+    "Hedgehog",
     "MLSTMBlock",
     "Mamba",
     "Mamba2",
     "MixerType",
     "QKNorm",
+    "TaylorAttention",
     "attention",
     "bit_mlp",
+    "gated_convolution",
     "gated_linear_attention",
+    "hedgehog",
     "hgrn",
     "hgrn2",
     "mamba",
@@ -61,4 +72,5 @@ __all__ = [
     "mlstm_block",
     "register",
     "slstm",
+    "taylor_attention",
 ]

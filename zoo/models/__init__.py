@@ -1,6 +1,17 @@
 """The pattern-driven language model and its families."""
 
-from zoo.models import dense, gated_linear_attention, hgrn, mamba, mamba2, mamba2_hybrid, matmulfree, samba, xlstm
+from zoo.models import (
+    based,
+    dense,
+    gated_linear_attention,
+    hgrn,
+    mamba,
+    mamba2,
+    mamba2_hybrid,
+    matmulfree,
+    samba,
+    xlstm,
+)
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -10,6 +21,7 @@ __all__ = [
     "LanguageModelConfig",
     "Model",
     "Sublayer",
+    "based",
     "create",
     "dense",
     "describe",
