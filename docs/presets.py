@@ -1,5 +1,6 @@
 """Writes the table of presets into README.md: python docs/presets.py. A test keeps the table true."""
 
+import collections
 import pathlib
 
 import zoo
@@ -8,6 +9,7 @@ from zoo.models import PRESETS
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 START, END = "<!-- presets: python docs/presets.py -->", "<!-- end of presets -->"
+LISTED = 8  # sublayers of a pattern
 
 
 def table() -> str:
@@ -19,7 +21,7 @@ def table() -> str:
     for name, entry in PRESETS.items().items():
         model = zoo.create(name, dtype="bfloat16")
         config = model.config
-        pattern = ", ".join(key.partition("_")[2] for key in config.sublayers())
+        pattern = _pattern([key.partition("_")[2] for key in config.sublayers()])
         published = f"{entry.parameters:,.1f}M" if entry.parameters else ""
         state = [_size(nbytes(model.state_specs(1, length))) for length in (4096, 1 << 20)]
         lines.append(
@@ -27,6 +29,13 @@ def table() -> str:
             f"{state[0]} | {state[1]} | {entry.citation} |"
         )
     return "\n".join(lines)
+
+
+def _pattern(mixers: list[str]) -> str:
+    """The mixers in order, or how many of each where that fills more than a line."""
+    if len(mixers) > LISTED:
+        return ", ".join(f"{number} {name}" for name, number in collections.Counter(mixers).items())
+    return ", ".join(mixers)
 
 
 def _size(size: float) -> str:
