@@ -37,7 +37,7 @@ SIZES = {
     "eos_token_id": None,
 }
 CASES = {
-    "gla": (models.GLAConfig, models.GLAForCausalLM, {"num_heads": 2, "expand_k": 0.5}),
+    "gla": (models.GLAConfig, models.GLAForCausalLM, {"num_heads": 2, "expand_k": 0.5, "norm_eps": 1e-2}),
     "retnet": (models.RetNetConfig, models.RetNetForCausalLM, {"num_heads": 3, "tie_word_embeddings": True}),
     "hgrn": (models.HGRNConfig, models.HGRNForCausalLM, {}),
     "hgrn2": (models.HGRN2Config, models.HGRN2ForCausalLM, {"expand_ratio": 8}),
@@ -96,7 +96,7 @@ def main() -> None:
     _slow()
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, (2, LENGTH), dtype=np.int32)
     for model_type, (config_class, model_class, changes) in CASES.items():
-        model = model_class(config_class(**SIZES, **changes)).eval()
+        model = model_class(config_class(**{**SIZES, **changes})).eval()
         _redraw(model, seed=1)
         weights = {name: p.detach().bfloat16().view(torch.uint16).numpy() for name, p in model.named_parameters()}
         config = json.loads(model.config.to_json_string(use_diff=False))
