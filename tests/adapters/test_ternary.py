@@ -27,8 +27,8 @@ def params():
 
 
 @functools.cache
-def logits(model=MODEL):
-    return fast_jit(lambda params: model.apply(params, TOKENS).logits)
+def logits():
+    return fast_jit(lambda params: MODEL.apply(params, TOKENS).logits)
 
 
 def test_a_packed_model_has_the_logits_of_training():
@@ -42,8 +42,6 @@ def test_a_packed_model_has_the_logits_of_training():
     some = ternary.pack(params(), specs, ["layers/*/mixer/[if]/weight", "head/*"], layout="hf")
     assert sum(map(is_ternary, jax.tree.leaves(some, is_leaf=is_ternary))) == 3
     assert_close(logits()(some), expected, LOGIT_TOLERANCE, "some")
-    low = zoo.create("matmulfree-tiny", **{**MODEL.options, "dtype": "bfloat16"})
-    assert_close(logits(low)(packed), logits(low)(params()), ROUNDING_TOLERANCE, "bfloat16")
 
 
 def test_packing_follows_the_weights():
@@ -85,7 +83,6 @@ def test_checkpoints_as_plain_dicts():
     for name, leaf, message in (
         ("scale", np.ones(3, np.float32), r"layers/0_mlgru/mixer/i/weight/scale has shape \(3,\), expected \(2,\)"),
         ("scale", np.ones((2, 32), np.float32), r"mixer/i/weight/scale has shape \(2, 32\), expected \(2,\)"),
-        ("packed", good["packed"].swapaxes(1, 2), r"i/weight/packed has shape \(2, 32, 32\)|expected \(2, 32, 32\)"),
         ("packed", good["packed"][:, :8], r"i/weight/packed has shape \(2, 8, 32\), expected \(2, 32, 32\)"),
         (
             "packed",
@@ -93,8 +90,6 @@ def test_checkpoints_as_plain_dicts():
             r"i/weight/packed must hold uint8 bytes in layout 'i2_s', got int32",
         ),
     ):
-        if leaf.shape == good[name].shape and leaf.dtype == good[name].dtype:
-            continue
         weight.update(good, **{name: leaf})
         with pytest.raises(ValueError, match=message):
             ternary.from_dict(saved, specs, layout="i2_s")
@@ -119,6 +114,10 @@ def test_adapters_on_latent_and_on_packed_weights():
         if base is params():
             merged = ternary.pack(adapted, specs)
             assert_close(logits()(merged), moved, ROUNDING_TOLERANCE, "packing merges adapters")
+        else:
+            for function in (lora.merge, lambda tree: ternary.pack(tree, specs, pattern)):
+                with pytest.raises(ValueError, match=r"^layers/0_mlgru/mixer/.*packed"):
+                    function(adapted)
 
 
 def test_errors_name_the_nearest():

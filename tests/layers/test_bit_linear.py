@@ -95,8 +95,10 @@ def test_ties_are_rounded_to_even():
     assert scale == np.float32(1 / np.float32(1 / np.float32(1e-5)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["i2_s_columns", "i2_s", "hf", "w2a8"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("i2_s_columns", jnp.float32), ("i2_s", jnp.bfloat16), ("hf", jnp.bfloat16), ("w2a8", jnp.float32)],
+)
 def test_packed_weights_sum_the_integers_of_training(layout, dtype):
     """Sums in int32 and in float32 are the same; the scale, a mean, may be summed in another order."""
     specs = bit_linear.param_specs((200, 2, 24), ("embed", "branch", "mlp"), jax.nn.initializers.normal(0.02))

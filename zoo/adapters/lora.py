@@ -18,6 +18,7 @@ from zoo.core import params as params_lib
 from zoo.core.linear import linear, materialise, split_equation
 from zoo.core.params import LAYERS, Spec, Tree, is_spec, map_specs
 from zoo.core.registry import nearest
+from zoo.layers.quantization import is_ternary
 
 RANK = "rank"  # the logical axis between A and B
 
@@ -170,8 +171,23 @@ def trainable_mask(params: Tree) -> Tree:
 
 
 def merge(params: Tree) -> Tree:
-    """Adapters written into their matrices: plain arrays, the same outputs."""
-    return jax.tree.map(lambda node: materialise(node) if is_low_rank(node) else node, params, is_leaf=is_low_rank)
+    """Adapters written into their matrices: plain arrays, the same outputs.
+
+    Raises:
+      ValueError: an adapter over a packed ternary weight; a layer would quantise the sum again.
+    """
+
+    def one(path: tuple[Any, ...], node: Any) -> Any:
+        if not is_low_rank(node):
+            return node
+        if any(is_ternary(leaf) for leaf in jax.tree.leaves(node, is_leaf=is_ternary)):
+            where = params_lib.path_string(path)
+            raise ValueError(
+                f"{where}: a packed ternary weight holds no sum; keep the adapter, or merge before packing"
+            )
+        return materialise(node)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_low_rank)
 
 
 def detach(params: Tree) -> Tree:

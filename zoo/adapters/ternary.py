@@ -77,13 +77,18 @@ def pack(params: Tree, specs: Tree, pattern: str | Sequence[str] = "*", *, layou
       The tree with `TernaryWeight`s; the model computes what it did before.
 
     Raises:
-      ValueError: see `param_specs`.
+      ValueError: see `param_specs`; or a weight that is packed already.
     """
     packed_specs = param_specs(specs, pattern, layout=layout)
 
-    def one(node: Any, param: Any) -> Any:
+    def one(path: tuple[Any, ...], node: Any, param: Any) -> Any:
         if not is_ternary(node):
             return param
+        if any(is_ternary(leaf) for leaf in jax.tree.leaves(param, is_leaf=is_ternary)):
+            raise ValueError(
+                f"{params_lib.path_string(path)} is packed already; packed again, its scale would change: "
+                "leave it out of the pattern, or pack the latent weights"
+            )
 
         def squeeze(weight):
             codes, scale = ternarise(weight)
@@ -95,7 +100,8 @@ def pack(params: Tree, specs: Tree, pattern: str | Sequence[str] = "*", *, layou
         packed, scale = jax.jit(jax.vmap(squeeze) if latent.ndim > len(node.shape) else squeeze)(latent)
         return TernaryWeight(packed, scale, node.shape, node.layout)
 
-    return jax.tree.map(one, packed_specs, params, is_leaf=lambda node: is_ternary(node) or is_spec(node))
+    stop = lambda node: is_ternary(node) or is_spec(node)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, packed_specs, params, is_leaf=stop)
 
 
 def to_dict(params: Tree) -> Tree:

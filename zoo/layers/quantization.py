@@ -96,7 +96,10 @@ class TernaryWeight:
         return y.reshape(*x.shape[:-1], *self.shape[1:])
 
     def materialise(self) -> jax.Array:
-        """The weight as float32 [inputs, outputs...] (stacked: [L, inputs, outputs...])."""
+        """The weight as float32 [inputs, outputs...] (stacked: [L, inputs, outputs...]).
+
+        No latent weight: quantised again, it would get a smaller scale.
+        """
 
         def dense(packed, scale):
             codes = unpack(packed, self.layout)[:, : self.shape[0]]
