@@ -50,7 +50,7 @@ def attention_distillation(
     """
     _check(q, k, features_q, features_k, documents, eps, rows)
     batch, length, heads, width = q.shape
-    scale = width**-0.5 if scale is None else scale
+    factor = width**-0.5 if scale is None else scale
     if documents is None:
         documents = jnp.zeros((batch, length), jnp.int32)
     valid = (documents >= 0)[..., None, None]
@@ -68,7 +68,7 @@ def attention_distillation(
         if causal:
             sees &= index[:, None] >= jnp.arange(length)
         sees = sees[:, None]  # [B, 1, rows, T]; a query always sees itself
-        scores = scale * jnp.einsum("bihk,bjhk->bhij", q[:, index], k)
+        scores = factor * jnp.einsum("bihk,bjhk->bhij", q[:, index], k)
         teacher = jax.lax.stop_gradient(jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1))
         weights = jnp.where(sees, jnp.einsum("bihf,bjhf->bhij", features_q[:, index], features_k), 0.0)
         log_sum = jnp.log(jnp.sum(weights, axis=-1) + eps)

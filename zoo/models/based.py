@@ -57,14 +57,14 @@ def based(
         raise ValueError(f"based: heads={heads} must divide width={width}")
     kinds = _allocate(layers, linear_layers, window_layers)
     norm, out_std = Norm("rms", norm_eps), init_std / math.sqrt(2 * layers)
-    stds = {"init_std": init_std, "out_init_std": out_std}
-    head_width = width // heads
+    inner, hidden = 2 * width if inner is None else inner, 2 * width if hidden is None else hidden
+    head_width, rotary = width // heads, Rotary(theta=rope_theta)
     mixers = {
-        "convolution": BaseConv(2 * width if inner is None else inner, conv_width, **stds),
-        "linear": TaylorAttention(heads, head_width, feature_dim, eps, **stds),
-        "window": Attention(heads, heads, head_width, window, Rotary(theta=rope_theta), **stds),
+        "convolution": BaseConv(inner, conv_width, init_std=init_std, out_init_std=out_std),
+        "linear": TaylorAttention(heads, head_width, feature_dim, eps, init_std, out_std),
+        "window": Attention(heads, heads, head_width, window, rotary, init_std=init_std, out_init_std=out_std),
     }
-    mlp = MLP(2 * width if hidden is None else hidden, **stds)
+    mlp = MLP(hidden, init_std=init_std, out_init_std=out_std)
     period = next(n for n in range(1, layers + 1) if layers % n == 0 and kinds == kinds[:n] * (layers // n))
     return LanguageModelConfig(
         vocab_size=vocab_size,
