@@ -99,6 +99,24 @@ def prepare(i, f, m, reset, valid, chunk: int) -> Gates:
     return Gates(coarse, fine, log_input, m, jnp.exp(arriving - m), jnp.exp(outer), document)
 
 
+def _suffix(x, reset, chunk: int):
+    """Sums of x [B, H, N, C] from each token to the last one of its document in the chunk.
+
+    A sum that runs on into a later document is right but for rounding: what that one sends and receives cancels. The
+    gradients of documents must not meet even so.
+    """
+    if reset is None:
+        return lax.cumsum(x, axis=3, reverse=True)
+    document = jnp.cumsum(_by_chunk(reset[..., None], chunk, False), axis=-1, dtype=jnp.int32)
+    steps = 1
+    while steps < x.shape[-1]:
+        later = [(0, 0)] * 3 + [(0, steps)]
+        same = jnp.pad(document, later, constant_values=-1)[..., steps:] == document
+        x = x + jnp.where(same, jnp.pad(x, later)[..., steps:], 0.0)
+        steps *= 2
+    return x
+
+
 def pull(i, f, m, reset, valid, chunk: int, flows, dm_last):
     """The gradients of (i, f, m), without those that m has as the unit of the initial C and n.
 
@@ -123,7 +141,7 @@ def pull(i, f, m, reset, valid, chunk: int, flows, dm_last):
     """
     leaving, crossing, departing, dm, passing = flows
     (_, log_forget, _, _), pullback = jax.vjp(functools.partial(_logs, reset=reset, valid=valid, chunk=chunk), i, f, m)
-    suffix = lax.cumsum(crossing, axis=3, reverse=True)
+    suffix = _suffix(crossing, reset, chunk)
     before = jnp.cumsum(departing, axis=-1) - departing
     dlog_forget = suffix + before + passing[..., None]
     if reset is not None:

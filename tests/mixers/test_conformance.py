@@ -106,7 +106,9 @@ def test_gradients_match_differences_of_the_oracle(config):
 
 
 @cases(WITH_OPS, others_slow=True)
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="packed")]
+)
 def test_reference_equals_the_platform_default(config, packed):
     """Outputs, new state and all gradients, d(carried state) included; the default is xla on the CPU."""
     params, history, x = h.params_of(config), h.inputs(8, length=6), h.inputs(9)
@@ -269,7 +271,10 @@ def test_causality_by_gradient(config):
 
 
 @cases(others_slow=True)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(jnp.float32, id="float32"), pytest.param(jnp.bfloat16, id="bfloat16", marks=pytest.mark.slow)],
+)
 def test_every_form_returns_the_same_state_tree(config, dtype):
     mixer = mixer_of(config)
     params = abstract(mixer.param_specs(config, h.WIDTH))

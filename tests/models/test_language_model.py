@@ -21,8 +21,14 @@ from tests.trees import (
 )
 from zoo.core.context import SeqContext
 from zoo.mixers import attention
+from zoo.models import PRESETS
 
-TINY = [name for name in zoo.list_models() if name.endswith("-tiny")]
+# Other dense presets differ from Llama in options, which tests/interop compares with transformers in every run.
+TINY = [
+    pytest.param(name, marks=[pytest.mark.slow] if PRESETS.get(name).family == "dense" and name != "llama-tiny" else [])
+    for name in zoo.list_models()
+    if name.endswith("-tiny")
+]
 LENGTH, WINDOW = 13, 6
 MODEL_TOLERANCE = 1e-4  # several layers of float32, each within FLOAT32_TOLERANCE
 QUANTISED = ("matmulfree-tiny",)  # models with int8 activations, which a float32 error may tip over a tie

@@ -16,6 +16,7 @@ from zoo.core.sharding import constrain
 from zoo.layers import bit_linear, norm
 from zoo.layers.norm import NO_DECAY, Norm
 from zoo.mixers.contract import MixerType, register
+from zoo.mixers.hgrn import lower_bounds
 
 GATE_FORMS = ("paper", "release", "hgrn")
 
@@ -60,17 +61,6 @@ class MLGRUState:
     """Attributes: h, float32[B, Di]."""
 
     h: Any
-
-
-def lower_bounds(logits: jax.Array) -> jax.Array:
-    """Lower bounds of the forget gates, growing with depth, of all layers from [L, Di] logits.
-
-    lb_l = sum_{j <= l} p_j - p_0, p = softmax of the logits over the layers. In float32; 0 in the first layer.
-
-    Reference: HGRN, Qin et al., arXiv:2311.04823, section 3.2.
-    """
-    shares = jax.nn.softmax(logits.astype(jnp.float32), axis=0)
-    return jnp.cumsum(shares.at[0].set(0.0), axis=0)
 
 
 def param_specs(config: MLGRU, width: int) -> Tree:
