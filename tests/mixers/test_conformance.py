@@ -174,7 +174,7 @@ def test_gradient_through_the_carried_state(config):
     assert_trees_close(of_part[2], whole[2], h.tolerance(config, GRADIENT_TOLERANCE), "d state")
 
 
-@cases()
+@cases(others_slow=True)
 def test_packed_equals_separate_documents(config):
     """Every document alone gives the same outputs; the state is that of the last document."""
     params, x, run = h.params_of(config), h.inputs(14), h.forward(config)
@@ -188,7 +188,7 @@ def test_packed_equals_separate_documents(config):
     assert_trees_close(h.visible_state(state), h.visible_state(last), h.tolerance(config, FLOAT32_TOLERANCE), "state")
 
 
-@cases()
+@cases(others_slow=True)
 def test_padding_is_neutral(config):
     """Two documents with padding on the left, between and on the right, against the same without padding; the padding
     holds NaN. Outputs, state, and gradients of parameters, x and the carried state."""
@@ -227,7 +227,7 @@ def test_padding_is_neutral(config):
     assert_trees_close(h.visible_state(state), h.visible_state(carried), 0.0, "a call of padding alone moved the state")
 
 
-@cases()
+@cases(others_slow=True)
 def test_ragged_rows_decode_together(config):
     """Prompts of lengths 3, 6 and 5, padded on the right, then five single tokens; row 1 is finished after three."""
     params, x, run = h.params_of(config), h.inputs(19), h.forward(config)
@@ -299,7 +299,7 @@ def test_every_form_returns_the_same_state_tree(config, dtype):
     assert initial == declared
 
 
-@cases()
+@cases(others_slow=True)
 def test_bfloat16_in_with_float32_recurrent_state(config):
     """Bfloat16 activations: within tolerance of the oracle, one token at a time as well; recurrent state is float32."""
     params, x = h.params_of(config), jnp.asarray(h.inputs(22), jnp.bfloat16)
