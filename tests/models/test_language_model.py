@@ -90,7 +90,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
     np.testing.assert_array_equal(state.next_position, lengths + 4)
 
 
-@pytest.mark.parametrize("name", ["samba-tiny", "llama-tiny"])
+@pytest.mark.parametrize("name", ["samba-tiny", pytest.param("llama-tiny", marks=pytest.mark.slow)])
 def test_scan_unroll_and_remat_agree(name):
     """Loss and gradients: scan, Python loop, and recomputation of everything or of all but matrix products."""
     plain, tokens = model_of(name), tokens_of(4)

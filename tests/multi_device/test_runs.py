@@ -73,7 +73,11 @@ def one_device(texts, tmp_path_factory) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("rules", "mesh"), [("fsdp", {"data": 2, "fsdp": 4}), ("fsdp_tp", {"data": 2, "fsdp": 2, "tensor": 2})]
+    ("rules", "mesh"),
+    [
+        pytest.param("fsdp", {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
+        ("fsdp_tp", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
 )
 def test_eight_devices_equal_one(rules, mesh, texts, one_device, tmp_path):
     options = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
