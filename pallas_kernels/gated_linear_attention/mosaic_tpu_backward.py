@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.gated_linear_attention import mosaic_tpu_channel, xla
-from pallas_kernels.gated_linear_attention.mosaic_tpu import HeadDecay, for_heads, join, paired, unrolled
+from pallas_kernels.gated_linear_attention.mosaic_tpu import for_heads, unrolled
+from pallas_kernels.gated_linear_attention.mosaic_tpu_decay import HeadDecay, join
 from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     BLOCK,
     CHUNK,

@@ -54,14 +54,19 @@ class Layout:
     @property
     def heads(self) -> int:
         """Heads of a step."""
-        pair = max(1, LANES // self.values)
-        fits = [n for n in range(pair, self.ratio + 1, pair) if self.ratio % n == 0 and n * self.values <= MAX_LANES]
+        lanes, pair = self.values, self.pair
+        fits = [n for n in range(pair, self.ratio + 1, pair) if self.ratio % n == 0 and n * lanes <= MAX_LANES]
         return max(fits, default=pair)
 
     @property
+    def pair(self) -> int:
+        """Heads side by side in a register: two of half of it, or one."""
+        return max(1, LANES // self.values)
+
+    @property
     def rows(self) -> int:
-        """Heads of a step, up to whole registers of eight."""
-        return -(-self.heads // BLOCK) * BLOCK
+        """Heads of a step, up to whole registers of eight, of every second head where two are side by side."""
+        return -(-self.heads // (BLOCK * self.pair)) * BLOCK * self.pair
 
     @property
     def blocks(self) -> int:
