@@ -181,7 +181,7 @@ def apart(x, count: int) -> jax.Array:
     """x [n, (heads, width)] once per head below one another, [(heads, n), (heads, width)], zero in the others' lanes."""
     if count == 1:
         return x
-    words = pltpu.bitcast(x, jnp.int32) if x.dtype == jnp.bfloat16 else x  # two numbers of a lane in each
-    lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1)
-    parts = [jnp.where((lane >> 6) == n, words, jnp.zeros_like(words)) for n in range(count)]
-    return jnp.concatenate([pltpu.bitcast(w, x.dtype) if x.dtype == jnp.bfloat16 else w for w in parts], axis=0)
+    wide = x.astype(jnp.float32)  # bfloat16 is selected as float32, which needs no other layout
+    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    parts = [jnp.where((lane >> 6) == n, wide, 0.0) for n in range(count)]
+    return jnp.concatenate(parts, axis=0).astype(x.dtype)
