@@ -10,7 +10,7 @@ All are sums of non-positive numbers: nothing overflows and nothing cancels. A r
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -49,15 +49,28 @@ def unrolled(lay: Layout, limit: int) -> int:
     return max(n for n in range(1, limit + 1) if total % n == 0)
 
 
-def for_heads(lay: Layout, steps: int, body: Callable[[Any, Any, int], None]) -> None:
-    """Calls `body(p, lanes, slot)` for every group p of heads side by side, `steps` of them unrolled, slot < steps."""
+PIPELINE = 1
+
+
+def for_heads(lay: Layout, steps: int, body: Callable[[Any, Any], Iterator[None]]) -> None:
+    """Runs `body(p, lanes)` for every group p of heads side by side, `steps` of them unrolled.
+
+    What follows a yield in a body is written after the next body's start, which hides what this one waits for.
+    """
     width = lay.pair * lay.values
 
     def step(i, _=None):
+        running = []
         for slot in range(steps):
             p = i * steps + slot
             start = p * width
-            body(p, pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width), slot)
+            lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
+            running.append(body(p, lanes))
+            for part in running[-2 if PIPELINE else -1 :][::-1]:
+                next(part, None)
+            if not PIPELINE:
+                next(running[-1], None)
+        next(running[-1], None)
 
     trips = lay.heads // (steps * lay.pair)
     if trips == 1:
@@ -94,7 +107,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
     if count == 2:
         between_ref[...] = contract(q[spans[1]], k[spans[0]], 1, 1).astype(dtype)
 
-    def body(p, lanes, _):
+    def body(p, lanes):
         width = lanes.size
         v, s, whole = v_ref[:, lanes], s_ref[:, lanes], [widen(w, width) for w in decay.whole(p)]
         seen = contract(q_ref[...].astype(dtype), s.astype(dtype), 1, 0)
@@ -114,6 +127,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
         if count == 2:
             added = jnp.concatenate([added[spans[0]] * whole[1], added[spans[1]]], axis=0)
             whole = [whole[0] * whole[1]]
+        yield
         kept = decayed(jnp.broadcast_to(whole[0], s.shape), s, resets)
         s_ref[:, lanes] = kept + contract(transposed_ref[...], added.astype(dtype), 1, 0)
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import interpret
 from pallas_kernels.gated_linear_attention import mosaic_tpu_channel, xla
 from pallas_kernels.gated_linear_attention.mosaic_tpu import for_heads, unrolled
-from pallas_kernels.gated_linear_attention.mosaic_tpu_decay import HeadDecay, apart
+from pallas_kernels.gated_linear_attention.mosaic_tpu_decay import HeadDecay, apart, join
 from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     BLOCK,
     CHUNK,
@@ -32,7 +32,7 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     widen,
 )
 
-UNROLL = 2  # pairs of heads
+UNROLL = 4  # pairs of heads
 
 
 def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int) -> None:
@@ -64,20 +64,17 @@ def _fold(x) -> jax.Array:
 def _within(decay, p, n: int, dscores, refs, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Pairs of tokens of a span, sources in the rows: adds to the gradient of their products.
 
-    Returns their scores, how they flow through the decays, without what a token adds itself, and the decays from the
-    next token to the span's end.
+    Returns their scores, how they flow through the decays, and the decays from the next token to the span's end.
     """
     products_ref, dproducts_ref = refs
-    span = decay.span
-    shape = (2 * BLOCK, LANES)
-    row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    scores, flows, outs = [], [], []
+    span, scores, flows, outs = decay.span, [], [], []
     for rows, weight, out in decay.blocks(p, n):
         at = slice(n * span + rows.start, n * span + rows.stop)
         products, dproducts = products_ref[at, :], weight * dscores[rows]
         dproducts_ref[at, :] += dproducts
         scores.append((weight * products).astype(dtype))
-        flows.append(jnp.where((lane & (span - 1)) - row == rows.start, 0.0, products * dproducts))
+        # Of the rounded scores, as the values' gradient is: their sums over targets and over sources cancel.
+        flows.append(scores[-1].astype(jnp.float32) * dscores[rows])
         outs.append(out)
     scores, flows, outs = (jnp.concatenate(x, axis=0) for x in (scores, flows, outs))
     return scores, flows, outs
@@ -87,10 +84,10 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     q_ref, k_ref, v_ref, g_ref, s_ref, dy_ref, dstate_ref, *refs = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *refs = refs
     ds_ref, dq_sum, dk_sum, dq_in, transposed_ref, *refs = refs
-    product_refs, between_refs, flow_refs, tables = refs[:2], refs[2:5], refs[5:10], refs[10:]
+    product_refs, between_refs, flow_refs, tables = refs[:2], refs[2:5], refs[5:8], refs[8:]
     products_ref, dproducts_ref = product_refs
     between_ref, half_ref, dbetween_ref = between_refs
-    arriving, departing, sources, crossing, onward = flow_refs
+    arriving, departing, onward = flow_refs
     t, h, count = pl.program_id(2), pl.program_id(3), lay.pair
     spans = [slice(start, start + CHUNK // count) for start in range(0, CHUNK, CHUNK // count)]
 
@@ -115,7 +112,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         between_ref[...] = contract(k[spans[0]], jnp.concatenate([q[spans[1]]] * count, axis=0), 1, 1)
         half_ref[...] = between_ref[:, : lay.values].astype(dtype)
 
-    def body(p, lanes, _):
+    def body(p, lanes):
         width = lanes.size
         v, dy = (ref[:, lanes].astype(jnp.float32) for ref in (v_ref, dy_ref))
         s, ds = s_ref[:, lanes], ds_ref[h, :, lanes]
@@ -128,21 +125,19 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
             dscores = contract(v_half[span], by_head, 1, 1)
             scores, flow, out = _within(decay, p, n, dscores, product_refs, dtype)
             dvs.append(contract(scores, by_head, 1, 0))
-            flows.append(flow)
+            flows.append(_fold(flow))
             outs.append(widen(out, width))
-        target = [_fold(flow) for flow in flows]
         if count == 2:
             # From the first span to the second: through the edge between them.
             leaving, entering = outs[0] * v[spans[0]], (until * dy)[spans[1]].astype(dtype)
             dbetween = contract(leaving.astype(dtype), apart(entering, count), 1, 1)
             dbetween_ref[...] += dbetween
-            target[1] = target[1] + _fold(between_ref[...] * dbetween)
-            dv_cross = outs[0] * contract(half_ref[...], entering, 1, 0)
-            dvs[0] = dvs[0] + dv_cross
-            cross = _head_sums((v[spans[0]] * dv_cross).astype(dtype), count)
+            flows.append(_fold(between_ref[...] * dbetween))
+            dvs[0] = dvs[0] + outs[0] * contract(half_ref[...], entering, 1, 0)
             until = jnp.concatenate([until[spans[0]], until[spans[1]] * wholes[0]], axis=0)
             outs[0] = outs[0] * wholes[1]
             wholes = [wholes[0] * wholes[1]]
+        yield
         # From the state before the chunk, and to the state after it.
         after, whole = jnp.concatenate(outs, axis=0), jnp.broadcast_to(wholes[0], s.shape)
         seen, added = dy * until, (after * v).astype(dtype)
@@ -150,21 +145,21 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         dq_to[...] += contract(seen.astype(dtype), s_half, 1, 1)
         dk_sum[...] += contract(added, ds_half, 1, 1)
         dv_out = after * contract(k_ref[...].astype(dtype), ds_half, 1, 0)
-        dv_ref[:, lanes] = (jnp.concatenate(dvs, axis=0) + dv_out).astype(dv_ref.dtype)
+        dv = jnp.concatenate(dvs, axis=0) + dv_out
+        dv_ref[:, lanes] = dv.astype(dv_ref.dtype)
         ds_ref[h, :, lanes] = whole * ds + contract(transposed_ref[...], seen.astype(dtype), 1, 0)
         # What flows through the decays.
         y_in = contract(q_ref[...].astype(dtype), s_half, 1, 0)
         seen = _head_sums(decayed(until, dy * y_in, resets).astype(dtype), count)
-        out = _head_sums((v * dv_out).astype(dtype), count)
-        source = _exact_head_sums(jnp.concatenate(flows, axis=0), count, dtype)
-        for n, flow in enumerate([*target, _fold(decayed(whole, s * ds, resets))]):
+        left = _exact_head_sums(v * dv, count, dtype)
+        if count == 2:
+            flows.append(_fold((v * dv_out)[spans[0]]))
+        for n, flow in enumerate([*flows, _fold(decayed(whole, s * ds, resets))]):
             start = (n * decay.rows + p) * BLOCK
             onward[pl.ds(start if isinstance(p, int) else pl.multiple_of(start, BLOCK), BLOCK), :] = flow
         for n in range(count):
             row = pl.ds(n * decay.rows + p, 1)
-            arriving[row, :], departing[row, :], sources[row, :] = seen[n : n + 1], out[n : n + 1], source[n : n + 1]
-            if count == 2:
-                crossing[row, :] = cross[n : n + 1]
+            arriving[row, :], departing[row, :] = seen[n : n + 1], left[n : n + 1]
 
     for_heads(lay, unrolled(lay, UNROLL), body)
     if resets:
@@ -190,34 +185,33 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
 
 
 def _write_decay(dg_ref, flow_refs, decay) -> None:
-    """Gradients of the log decays: what reaches a later token, or the end, from an earlier one, or the start."""
-    arriving, departing, sources, crossing, onward = flow_refs
-    count, rows = decay.count, decay.rows
+    """Gradients of the log decays: what reaches a later token, or the end, from an earlier one, or the start.
+
+    Within a span that is what later tokens receive from all of it, and earlier ones give to all of it and to what
+    follows, less all that passes within it.
+    """
+    arriving, departing, onward = flow_refs
+    count, rows, span = decay.count, decay.rows, decay.span
+    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
 
     def folded(n: int) -> jax.Array:
         return sum(onward[pl.ds(n * rows * BLOCK + r, rows, stride=BLOCK), :] for r in range(BLOCK))
 
-    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+    def sums(x, n: int) -> jax.Array:
+        return jnp.sum(jnp.where((lane >= n * span) & (lane < (n + 1) * span), x, 0.0), axis=1, keepdims=True)
 
-    def lane_sums(x, first: int, size: int) -> jax.Array:
-        inside = (lane >= first) & (lane < first + size)
-        return jnp.sum(jnp.where(inside, x, 0.0), axis=1, keepdims=True)
-
-    target, through = decay.by_head([folded(n) for n in range(count)]), folded(count)
+    inside = [folded(n) for n in range(count)]
+    targets = decay.by_head([inside[0], inside[1] + folded(2)] if count == 2 else inside)
+    through = folded(4 if count == 2 else 1)
     for n in range(count):
-        at = slice(n * rows, (n + 1) * rows)
-        seen, out = arriving[at, :], departing[at, :]
-        onto = cumulate(target[n] - sources[at, :] + seen, 1, reverse=True, span=decay.span)
-        past = lane_sums(through, n * decay.span, decay.span)
-        if count == 2:
-            # A later span's targets see the start through all of this span, an earlier span's sources the end.
-            first = lane < decay.span
-            cross = jnp.concatenate([crossing[at, :], jnp.zeros((rows, decay.span), jnp.float32)], axis=1)
-            away = cumulate(out + cross, 1, reverse=False, span=decay.span) - cross
-            past = past + jnp.where(first, lane_sums(seen, decay.span, decay.span), lane_sums(out, 0, decay.span))
-        else:
-            away = cumulate(out, 1, reverse=False)
-        dg_ref[pl.ds(n, rows, stride=count), :] = onto + (away - out) + past
+        seen, left = (ref[n * rows : (n + 1) * rows, :] for ref in (arriving, departing))
+        past = [sums(through, n) - sums(x, n) for x in inside]
+        if count == 2:  # the second span's targets see the start through all of the first, whose sources see the end
+            past = [past[0] + sums(seen, 1), past[1] + sums(folded(3), n)]
+        onto = cumulate(targets[n] + seen, 1, reverse=True, span=span)
+        away = cumulate(left, 1, reverse=False, span=span) - left
+        past = join([jnp.broadcast_to(x, seen.shape) for x in past])
+        dg_ref[pl.ds(n, rows, stride=count), :] = onto + away + past
 
 
 def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, resets: bool):
@@ -246,9 +240,8 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
             pltpu.VMEM((span, LANES), jnp.float32),
             pltpu.VMEM((span, span), dtype),
             pltpu.VMEM((span, LANES), jnp.float32),
-            *[rows] * 3,
-            pltpu.VMEM((lay.rows, span), jnp.float32),
-            pltpu.VMEM(((count + 1) * lay.rows // count * BLOCK, LANES), jnp.float32),
+            *[rows] * 2,
+            pltpu.VMEM(((5 if count == 2 else 2) * lay.rows // count * BLOCK, LANES), jnp.float32),
             *HeadDecay.scratch(lay),
         ],
         compiler_params=pltpu.CompilerParams(
