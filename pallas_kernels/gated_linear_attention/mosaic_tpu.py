@@ -1,12 +1,10 @@
 """Gated linear attention as Pallas TPU kernels: the forward pass, for a decay per head or none.
 
 The grid walks over chunks of 128 tokens in order with the float32 states in VMEM scratch. A step holds one chunk of
-several heads of a group, side by side in the lanes (two heads of 64 fill a register), so that the products with the
-state are one product for all of them and the scores q . k are shared.
+several heads of a group, side by side in the lanes (two heads of 64 fill a register).
 
-Token i of the eight tokens of block I sees an earlier token j through exp(prefix_i) exp(w_I[j]): prefix_i sums the log
-decays of block I up to i, w_I[j] those from j + 1 to the start of block I; within a block a table of 8 x 8 sums serves.
-All are sums of non-positive numbers: nothing overflows and nothing cancels. A reset is a log decay of -inf.
+Where two heads share a register they share the work on pairs of tokens too, in two spans of the chunk: see
+`mosaic_tpu_decay`, which holds the decays. Scores between the spans are the same for all heads.
 """
 
 import functools
@@ -49,9 +47,6 @@ def unrolled(lay: Layout, limit: int) -> int:
     return max(n for n in range(1, limit + 1) if total % n == 0)
 
 
-PIPELINE = 1
-
-
 def for_heads(lay: Layout, steps: int, body: Callable[[Any, Any], Iterator[None]]) -> None:
     """Runs `body(p, lanes)` for every group p of heads side by side, `steps` of them unrolled.
 
@@ -60,17 +55,17 @@ def for_heads(lay: Layout, steps: int, body: Callable[[Any, Any], Iterator[None]
     width = lay.pair * lay.values
 
     def step(i, _=None):
-        running = []
+        before = None
         for slot in range(steps):
             p = i * steps + slot
             start = p * width
             lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
-            running.append(body(p, lanes))
-            for part in running[-2 if PIPELINE else -1 :][::-1]:
-                next(part, None)
-            if not PIPELINE:
-                next(running[-1], None)
-        next(running[-1], None)
+            now = body(p, lanes)
+            next(now)
+            if before is not None:
+                next(before, None)
+            before = now
+        next(before, None)
 
     trips = lay.heads // (steps * lay.pair)
     if trips == 1:

@@ -197,17 +197,18 @@ def _write_decay(dg_ref, flow_refs, decay) -> None:
     def folded(n: int) -> jax.Array:
         return sum(onward[pl.ds(n * rows * BLOCK + r, rows, stride=BLOCK), :] for r in range(BLOCK))
 
-    def sums(x, n: int) -> jax.Array:
-        return jnp.sum(jnp.where((lane >= n * span) & (lane < (n + 1) * span), x, 0.0), axis=1, keepdims=True)
+    def only(x, n: int) -> jax.Array:
+        return jnp.where((lane >= n * span) & (lane < (n + 1) * span), x, 0.0)
 
     inside = [folded(n) for n in range(count)]
     targets = decay.by_head([inside[0], inside[1] + folded(2)] if count == 2 else inside)
-    through = folded(4 if count == 2 else 1)
+    through, across = (folded(4), folded(3)) if count == 2 else (folded(1), None)
     for n in range(count):
         seen, left = (ref[n * rows : (n + 1) * rows, :] for ref in (arriving, departing))
-        past = [sums(through, n) - sums(x, n) for x in inside]
+        past = [only(through - x, n) for x in inside]
         if count == 2:  # the second span's targets see the start through all of the first, whose sources see the end
-            past = [past[0] + sums(seen, 1), past[1] + sums(folded(3), n)]
+            past = [past[0] + only(seen, 1), past[1] + only(across, n)]
+        past = [jnp.sum(x, axis=1, keepdims=True) for x in past]
         onto = cumulate(targets[n] + seen, 1, reverse=True, span=span)
         away = cumulate(left, 1, reverse=False, span=span) - left
         past = join([jnp.broadcast_to(x, seen.shape) for x in past])

@@ -31,8 +31,8 @@ class HeadDecay:
     far, edge [blocks * rows, 128], row i * rows + p for block i of the span: the factor of the columns, 0 where they
     do not belong to an earlier (a later) block; from the span's start to the block's (from the block's end to the
     span's) in the lanes of each head.
-    within [8 * rows, 128], row r * rows + p: exp(sum from s + 1 to t) for the r-th row of a block and the columns of the
-    same block, 0 unless s <= t.
+    within [8 * rows, 128], row r * rows + p: exp(sum from s + 1 to t) for the r-th row of a block and the columns of
+    the same block, 0 unless s <= t.
     whole [rows, 128]: exp(sum over the span) in the lanes of each head.
     columns [128, 128], tokens in the sublanes: lane n * rows + p holds the factor of the row for head n, the next
     count * rows lanes the decay from the token to the span's end (from the span's start to the token), the next lane
@@ -78,7 +78,7 @@ class HeadDecay:
     by_head = by_span  # its own inverse
 
     def _fill(self, g, tables) -> jax.Array:
-        """Writes the tables of a span; returns the sums from the next token to its end (from its start to the token)."""
+        """Writes the tables of a span; returns the sums from the next token to its end (its start to the token)."""
         far_ref, edge_ref, within_ref, whole_ref = tables
         lane = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1)
         place, block, first = lane & (BLOCK - 1), (lane & (self.span - 1)) >> 3, lane & ~(self.span - 1)
@@ -178,10 +178,10 @@ def join(parts: list[jax.Array]) -> jax.Array:
 
 
 def apart(x, count: int) -> jax.Array:
-    """x [n, (heads, width)] once per head below one another, [(heads, n), (heads, width)], zero in the others' lanes."""
+    """x [n, (heads, width)] once per head: [(heads, n), (heads, width)], zero in the lanes of the other heads."""
     if count == 1:
         return x
-    wide = x.astype(jnp.float32)  # bfloat16 is selected as float32, which needs no other layout
+    wide = x.astype(jnp.float32)  # as it comes, bfloat16 would be brought into another layout in memory
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     parts = [jnp.where((lane >> 6) == n, wide, 0.0) for n in range(count)]
     return jnp.concatenate(parts, axis=0).astype(x.dtype)
