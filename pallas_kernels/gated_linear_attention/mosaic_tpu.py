@@ -55,17 +55,15 @@ def for_heads(lay: Layout, steps: int, body: Callable[[Any, Any], Iterator[None]
     width = lay.pair * lay.values
 
     def step(i, _=None):
-        before = None
+        running: list[Iterator[None]] = []
         for slot in range(steps):
             p = i * steps + slot
             start = p * width
             lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
-            now = body(p, lanes)
-            next(now)
-            if before is not None:
-                next(before, None)
-            before = now
-        next(before, None)
+            running.append(body(p, lanes))
+            for part in reversed(running[-2:]):
+                next(part, None)
+        next(running[-1], None)
 
     trips = lay.heads // (steps * lay.pair)
     if trips == 1:

@@ -57,14 +57,15 @@ def _exact_head_sums(x, count: int, dtype) -> jax.Array:
 
 def _fold(x) -> jax.Array:
     """[n, width] summed to [8, 128], eight rows and 128 lanes at a time."""
-    x = sum(x[i : i + BLOCK] for i in range(0, x.shape[0], BLOCK))
-    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+    x = functools.reduce(jnp.add, [x[i : i + BLOCK] for i in range(0, x.shape[0], BLOCK)])
+    return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)])
 
 
 def _within(decay, p, n: int, dscores, refs, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Pairs of tokens of a span, sources in the rows: adds to the gradient of their products.
 
-    Returns their scores, how they flow through the decays, and the decays from the next token to the span's end.
+    Returns their scores, none of a token with itself, how they flow through the decays, and the decays from the next
+    token to the span's end.
     """
     products_ref, dproducts_ref = refs
     span, scores, flows, outs = decay.span, [], [], []
@@ -84,6 +85,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     q_ref, k_ref, v_ref, g_ref, s_ref, dy_ref, dstate_ref, *refs = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *refs = refs
     ds_ref, dq_sum, dk_sum, dq_in, transposed_ref, *refs = refs
+    same_ref, *refs = refs
     product_refs, between_refs, flow_refs, tables = refs[:2], refs[2:5], refs[5:8], refs[8:]
     products_ref, dproducts_ref = product_refs
     between_ref, half_ref, dbetween_ref = between_refs
@@ -106,8 +108,13 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     decay = HeadDecay(g_ref, scale, tables, count, mirrored=True)
     q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
     transposed_ref[...] = q.T
+    # No decay lies between a token and itself: it is left out of what flows through them, exactly.
+    same = scale * jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=1, keepdims=True)
+    same_ref[...] = jnp.broadcast_to(same, same_ref.shape)
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (decay.span, LANES), axis) for axis in (0, 1))
     for span in spans:
-        products_ref[span, :] = scale * contract(k[span], jnp.concatenate([q[span]] * count, axis=0), 1, 1)
+        products = scale * contract(k[span], jnp.concatenate([q[span]] * count, axis=0), 1, 1)
+        products_ref[span, :] = jnp.where((lane & (decay.span - 1)) == row, 0.0, products)
     if count == 2:
         between_ref[...] = contract(k[spans[0]], jnp.concatenate([q[spans[1]]] * count, axis=0), 1, 1)
         half_ref[...] = between_ref[:, : lay.values].astype(dtype)
@@ -146,7 +153,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         dk_sum[...] += contract(added, ds_half, 1, 1)
         dv_out = after * contract(k_ref[...].astype(dtype), ds_half, 1, 0)
         dv = jnp.concatenate(dvs, axis=0) + dv_out
-        dv_ref[:, lanes] = dv.astype(dv_ref.dtype)
+        dv_ref[:, lanes] = (dv + widen(same_ref[...], width) * dy).astype(dv_ref.dtype)
         ds_ref[h, :, lanes] = whole * ds + contract(transposed_ref[...], seen.astype(dtype), 1, 0)
         # What flows through the decays.
         y_in = contract(q_ref[...].astype(dtype), s_half, 1, 0)
@@ -195,7 +202,8 @@ def _write_decay(dg_ref, flow_refs, decay) -> None:
     lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
 
     def folded(n: int) -> jax.Array:
-        return sum(onward[pl.ds(n * rows * BLOCK + r, rows, stride=BLOCK), :] for r in range(BLOCK))
+        parts = [onward[pl.ds(n * rows * BLOCK + r, rows, stride=BLOCK), :] for r in range(BLOCK)]
+        return functools.reduce(jnp.add, parts)
 
     def only(x, n: int) -> jax.Array:
         return jnp.where((lane >= n * span) & (lane < (n + 1) * span), x, 0.0)
@@ -237,7 +245,7 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
             pltpu.VMEM((lay.blocks, lay.keys, lay.lanes), jnp.float32),
             *[pltpu.VMEM((CHUNK, lay.keys), jnp.float32)] * 3,
             pltpu.VMEM((lay.keys, CHUNK), dtype),
-            *[pltpu.VMEM((CHUNK, LANES), jnp.float32)] * 2,
+            *[pltpu.VMEM((CHUNK, LANES), jnp.float32)] * 3,
             pltpu.VMEM((span, LANES), jnp.float32),
             pltpu.VMEM((span, span), dtype),
             pltpu.VMEM((span, LANES), jnp.float32),
