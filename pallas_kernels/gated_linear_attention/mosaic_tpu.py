@@ -1,12 +1,10 @@
 """Gated linear attention as Pallas TPU kernels: the forward pass, for a decay per head or none.
 
 The grid walks over chunks of 128 tokens in order with the float32 states in VMEM scratch. A step holds one chunk of
-several heads of a group, side by side in the lanes (two heads of 64 fill a register), so that the products with the
-state are one product for all of them and the scores q . k are shared.
+several heads of a group, side by side in the lanes (two heads of 64 fill a register).
 
-Token i of the eight tokens of block I sees an earlier token j through exp(prefix_i) exp(w_I[j]): prefix_i sums the log
-decays of block I up to i, w_I[j] those from j + 1 to the start of block I; within a block a table of 8 x 8 sums serves.
-All are sums of non-positive numbers: nothing overflows and nothing cancels. A reset is a log decay of -inf.
+Where two heads share a register they share the work on pairs of tokens too, in two spans of the chunk: see
+`mosaic_tpu_decay`, which holds the decays. Scores between the spans are the same for all heads.
 """
 
 import functools
@@ -20,8 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.gated_linear_attention import mosaic_tpu_channel, xla
+from pallas_kernels.gated_linear_attention.mosaic_tpu_decay import HeadDecay, apart
 from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
-    BLOCK,
     CHUNK,
     LANES,
     VMEM_LIMIT,
@@ -43,138 +41,35 @@ def supports(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_siz
     check_support(q, k, v, log_decay, chunk_size)
 
 
-# ---- a decay per head: pieces of a kernel ---------------------------------------------------------------------
-
-
-class HeadDecay:
-    """The decays of a chunk of several heads, from their logarithms g [rows, 128] with the tokens in the lanes.
-
-    Tables in memory: before, start [16 * rows, 128], row i * rows + h for head h and the i-th block of eight tokens:
-    exp(token j to the block's start), 0 unless j is before it; scale * exp(chunk's start to the block's start).
-    within [8 * rows, 128], row r * rows + h: exp(token j to token r of its block), 0 unless j <= r.
-    columns [128, 128], tokens in the sublanes: lane h holds exp(prefix of the block of eight) of head h, lane rows + h
-    exp(next token to the chunk's end), lane 2 * rows more than 0 if a head sees the state before the chunk.
-
-    whole [rows, 128]: exp(sum over the chunk) in every lane.
-    """
-
-    def __init__(self, g, scale: float, tables):
-        self.rows, (before_ref, start_ref, within_ref, columns_ref, whole_ref) = g.shape[0], tables
-        self.before_ref, self.start_ref, self.within_ref, self.columns_ref, self.whole_ref = tables
-        lane = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1)
-        place = lane & (BLOCK - 1)
-        prefix, suffix = g, jnp.where(place < BLOCK - 1, pltpu.roll(g, LANES - 1, 1), 0.0)
-        for size in (1, 2, 4):
-            prefix = prefix + jnp.where(place >= size, pltpu.roll(prefix, size, 1), 0.0)
-            suffix = suffix + jnp.where(place + size < BLOCK, pltpu.roll(suffix, LANES - size, 1), 0.0)
-        self._write_within(g, place, within_ref)
-        before, start, until = jnp.full(g.shape, -jnp.inf, jnp.float32), jnp.zeros_like(g), jnp.zeros_like(g)
-        for i in range(CHUNK // BLOCK):
-            before_ref[pl.ds(i * self.rows, self.rows), :] = jnp.exp(before)
-            start_ref[pl.ds(i * self.rows, self.rows), :] = scale * jnp.exp(start)
-            inside = (lane >> 3) == i
-            total = jnp.broadcast_to(prefix[:, (i + 1) * BLOCK - 1 : (i + 1) * BLOCK], g.shape)
-            until = jnp.where(inside, start + prefix, until)
-            before = jnp.where(inside, suffix, before + total)
-            start = start + total
-        whole_ref[...] = jnp.exp(start)
-        seen = jnp.max(jnp.exp(until), axis=0, keepdims=True)
-        rows = [jnp.exp(prefix), jnp.exp(before), jnp.broadcast_to(seen, (BLOCK, LANES))]
-        columns_ref[:, : 2 * self.rows + BLOCK] = jnp.concatenate(rows, axis=0).T
-
-    def _write_within(self, g, place, within_ref) -> None:
-        run, runs = jnp.zeros_like(g), [jnp.zeros_like(g)]
-        for distance in range(1, BLOCK):
-            run = run + pltpu.roll(g, LANES - distance, 1)
-            runs.append(run)
-        for r in range(BLOCK):
-            total = jnp.full(g.shape, -jnp.inf, jnp.float32)
-            for p in range(r + 1):
-                total = jnp.where(place == p, runs[r - p], total)
-            within_ref[pl.ds(r * self.rows, self.rows), :] = jnp.exp(total)
-
-    @staticmethod
-    def tables(rows: int) -> list:
-        """The memory it takes, for the scratch of a kernel."""
-        shapes = [CHUNK // BLOCK * rows] * 2 + [BLOCK * rows, CHUNK, rows]
-        return [pltpu.VMEM((size, LANES), jnp.float32) for size in shapes]
-
-    def seen(self) -> jax.Array:
-        """[128, 128], more than 0 where the state before the chunk is seen."""
-        return jnp.broadcast_to(self.columns_ref[:, 2 * self.rows : 2 * self.rows + 1], (CHUNK, LANES))
-
-    def whole(self, heads: list, shape) -> jax.Array:
-        """exp(sum over the chunk), [K, lanes], in the lanes of each head."""
-        row = join([self.whole_ref[pl.ds(head, 1), :] for head in heads])
-        return jnp.broadcast_to(widen(row, shape[1]), shape)
-
-    def after(self, heads: list) -> jax.Array:
-        """exp(sum from the next token to the chunk's end), [128, 128], in the lanes of each head."""
-        lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 1)
-        return _pick(self.columns_ref[...], self.rows + heads[0] + (lane >> 6 if len(heads) == 2 else 0 * lane))
-
-    def blocks(self, heads: list) -> Iterator[tuple[slice, list[jax.Array], jax.Array]]:
-        """For every 16 tokens i: where they are, the weights [16, 128] of each head, and until [16, 128].
-
-        The weights are the decays from token j to i, 0 unless j <= i; until is scale * exp(chunk's start to i) in the
-        lanes of each head. Step by step, so that little is alive at a time.
-        """
-        withins = [self.within_ref[pl.ds(head, BLOCK, stride=self.rows), :] for head in heads]
-        lane = jax.lax.broadcasted_iota(jnp.int32, (BLOCK, LANES), 1)
-        for first in range(0, CHUNK // BLOCK, 2):
-            weights, untils = [[] for _ in heads], []
-            for i in (first, first + 1):
-                columns, starts = self.columns_ref[i * BLOCK : (i + 1) * BLOCK, :], []
-                for n, head in enumerate(heads):
-                    row = pl.ds(i * self.rows + head, 1)
-                    prefix = _pick(columns, jnp.full(columns.shape, head, jnp.int32))
-                    weights[n].append(jnp.where((lane >> 3) == i, withins[n], prefix * self.before_ref[row, :]))
-                    starts.append(prefix * self.start_ref[row, :])
-                untils.append(join(starts))
-            rows = slice(first * BLOCK, (first + 2) * BLOCK)
-            yield rows, [jnp.concatenate(w, axis=0) for w in weights], jnp.concatenate(untils, axis=0)
-
-
-def _pick(x, lanes) -> jax.Array:
-    """x[i, lanes[i, j]] of x [n, 128]."""
-    return jnp.take_along_axis(x, lanes, axis=1, mode="promise_in_bounds")
-
-
-def paired(lay: Layout) -> int:
-    """Heads that are computed together: two of half a register, or one."""
-    return max(1, LANES // lay.values)
-
-
 def unrolled(lay: Layout, limit: int) -> int:
     """How many of them the compiler sees at once: enough to overlap, few enough to stay in registers."""
-    total = lay.heads // paired(lay)
+    total = lay.heads // lay.pair
     return max(n for n in range(1, limit + 1) if total % n == 0)
 
 
-def for_heads(lay: Layout, steps: int, body: Callable[[list, Any, int], None]) -> None:
-    """Calls `body(heads, lanes, slot)` for all heads of a step, `steps` of them unrolled, slot < steps."""
-    count = paired(lay)
-    width = count * lay.values
+def for_heads(lay: Layout, steps: int, body: Callable[[Any, Any], Iterator[None]]) -> None:
+    """Runs `body(p, lanes)` for every group p of heads side by side, `steps` of them unrolled.
+
+    What follows a yield in a body is written after the next body's start, which hides what this one waits for.
+    """
+    width = lay.pair * lay.values
 
     def step(i, _=None):
+        running: list[Iterator[None]] = []
         for slot in range(steps):
-            first = (i * steps + slot) * count
-            start = first * lay.values
-            start = start if isinstance(start, int) else pl.multiple_of(start, LANES)
-            body([first + n for n in range(count)], pl.ds(start, width), slot)
+            p = i * steps + slot
+            start = p * width
+            lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
+            running.append(body(p, lanes))
+            for part in reversed(running[-2:]):
+                next(part, None)
+        next(running[-1], None)
 
-    if steps * count == lay.heads:
+    trips = lay.heads // (steps * lay.pair)
+    if trips == 1:
         step(0)
     else:
-        jax.lax.fori_loop(0, lay.heads // (steps * count), step, None)
-
-
-def join(parts: list[jax.Array]) -> jax.Array:
-    """The lanes of each head from its own part, [n, 128] each; a single part is as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    lane = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
-    return jnp.where(lane < LANES // 2, parts[0], parts[1])
+        jax.lax.fori_loop(0, trips, step, None)
 
 
 def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: bool, resets: bool):
@@ -183,8 +78,9 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
     state_ref = refs.pop(0) if carried else None
     y_ref, new_state_ref = refs.pop(0), refs.pop(0)
     boundary_ref = refs.pop(0) if save else None
-    s_ref, products_ref, transposed_ref, scores_ref, until_ref, *tables = refs
-    t = pl.program_id(3)
+    s_ref, products_ref, between_ref, transposed_ref, *tables = refs
+    t, count = pl.program_id(3), lay.pair
+    spans = [slice(start, start + CHUNK // count) for start in range(0, CHUNK, CHUNK // count)]
 
     @pl.when(t == 0)
     def _():
@@ -196,24 +92,37 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
         def _():
             boundary_ref[...] = s_ref[...]
 
-    decay = HeadDecay(g_ref[...], scale, tables)
+    decay = HeadDecay(g_ref, scale, tables, count)
     q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
-    products_ref[...], transposed_ref[...] = scale * contract(q, k, 1, 1), k.T
+    transposed_ref[...] = k.T
+    for span in spans:
+        products_ref[span, :] = scale * contract(q[span], jnp.concatenate([k[span]] * count, axis=0), 1, 1)
+    if count == 2:
+        between_ref[...] = contract(q[spans[1]], k[spans[0]], 1, 1).astype(dtype)
 
-    def body(heads, lanes, slot):
-        width, until_lanes = lanes.size, slice(slot * LANES, (slot + 1) * LANES)
-        for rows, weights, until in decay.blocks(heads):
-            for n, weight in enumerate(weights):
-                scores_ref[slot * len(heads) + n, rows, :] = (weight * products_ref[rows, :]).astype(dtype)
-            until_ref[rows, until_lanes] = until
-        v, s = v_ref[:, lanes].astype(dtype), s_ref[:, lanes]
+    def body(p, lanes):
+        width = lanes.size
+        v, s, whole = v_ref[:, lanes], s_ref[:, lanes], [widen(w, width) for w in decay.whole(p)]
         seen = contract(q_ref[...].astype(dtype), s.astype(dtype), 1, 0)
-        y = decayed(widen(until_ref[:, until_lanes], width), seen, resets)
-        y = y + join([contract(scores_ref[slot * len(heads) + n], v, 1, 0) for n in range(len(heads))])
-        y_ref[:, lanes] = y.astype(y_ref.dtype)
-        added = (widen(decay.after(heads), width) * v.astype(jnp.float32)).astype(dtype)
-        kept = decayed(decay.whole(heads, s.shape), s, resets)
-        s_ref[:, lanes] = kept + contract(transposed_ref[...], added, 1, 0)
+        added = widen(decay.other(p), width) * v.astype(jnp.float32)  # to the end of the span
+        for n, span in enumerate(spans):
+            scores, untils = [], []
+            for rows, weight, until in decay.blocks(p, n):
+                rows = slice(span.start + rows.start, span.start + rows.stop)
+                scores.append((weight * products_ref[rows, :]).astype(dtype))
+                untils.append(until)
+            until = widen(jnp.concatenate(untils, axis=0), width)
+            y = contract(jnp.concatenate(scores, axis=0), apart(v[span].astype(dtype), count), 1, 0)
+            if n == 1:
+                y = y + until * contract(between_ref[...], added[spans[0]].astype(dtype), 1, 0)
+                until = until * whole[0]
+            y_ref[span, lanes] = (y + decayed(until, seen[span], resets)).astype(y_ref.dtype)
+        if count == 2:
+            added = jnp.concatenate([added[spans[0]] * whole[1], added[spans[1]]], axis=0)
+            whole = [whole[0] * whole[1]]
+        yield
+        kept = decayed(jnp.broadcast_to(whole[0], s.shape), s, resets)
+        s_ref[:, lanes] = kept + contract(transposed_ref[...], added.astype(dtype), 1, 0)
 
     for_heads(lay, unrolled(lay, UNROLL), body)
 
@@ -253,10 +162,9 @@ def _by_head(q, k, v, g, state, lay: Layout, *, scale: float, save: bool, resets
         scratch_shapes=[
             pltpu.VMEM((lay.keys, lay.lanes), jnp.float32),
             pltpu.VMEM((CHUNK, CHUNK), jnp.float32),
+            pltpu.VMEM((CHUNK // 2, CHUNK // 2), dtype),
             pltpu.VMEM((lay.keys, CHUNK), dtype),
-            pltpu.VMEM((unrolled(lay, UNROLL) * paired(lay), CHUNK, CHUNK), dtype),
-            pltpu.VMEM((CHUNK, unrolled(lay, UNROLL) * LANES), jnp.float32),
-            *HeadDecay.tables(lay.rows),
+            *HeadDecay.scratch(lay),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT

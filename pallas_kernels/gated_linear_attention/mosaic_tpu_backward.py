@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.gated_linear_attention import mosaic_tpu_channel, xla
-from pallas_kernels.gated_linear_attention.mosaic_tpu import HeadDecay, for_heads, join, paired, unrolled
+from pallas_kernels.gated_linear_attention.mosaic_tpu import for_heads, unrolled
+from pallas_kernels.gated_linear_attention.mosaic_tpu_decay import HeadDecay, apart, join
 from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     BLOCK,
     CHUNK,
@@ -41,58 +42,56 @@ def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
         refuse(f"chunk_size={chunk_size} backward: it starts from the states before every {CHUNK} tokens")
 
 
-def _one_head(x, head: int, count: int) -> jax.Array:
-    """x [n, lanes of `count` heads] with zeros in the lanes of the other head."""
-    if count == 1:
-        return x
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where((lane >> 6) == head, x, 0.0)
-
-
 def _head_sums(x, count: int) -> jax.Array:
     """x [n, lanes of `count` heads] summed over the lanes of each: [8, n], head by head, the tokens in the lanes."""
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (BLOCK, x.shape[1]), axis) for axis in (0, 1))
     return contract(jnp.where(row == (lane >> 6 if count == 2 else 0), 1.0, 0.0).astype(x.dtype), x, 1, 1)
 
 
-def _within(decay, heads: list, slot: int, refs, until_lanes: slice, dtype) -> list[jax.Array]:
-    """Pairs of tokens of the chunk: writes scores and their flow through the decays, adds to the product's gradient.
+def _exact_head_sums(x, count: int, dtype) -> jax.Array:
+    """`_head_sums` of float32 [n, 128] where sums nearly cancel: in bfloat16, both parts of a number are summed."""
+    high = x.astype(dtype)
+    out = _head_sums(high, count)
+    return out if dtype == jnp.float32 else out + _head_sums((x - high.astype(jnp.float32)).astype(dtype), count)
 
-    Returns the flow by its target less that by its source, [1, 128] for each head.
+
+def _fold(x) -> jax.Array:
+    """[n, width] summed to [8, 128], eight rows and 128 lanes at a time."""
+    x = functools.reduce(jnp.add, [x[i : i + BLOCK] for i in range(0, x.shape[0], BLOCK)])
+    return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)])
+
+
+def _within(decay, p, n: int, dscores, refs, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Pairs of tokens of a span, sources in the rows: adds to the gradient of their products.
+
+    Returns their scores, none of a token with itself, how they flow through the decays, and the decays from the next
+    token to the span's end.
     """
-    products_ref, dproducts_ref, dscores_ref, scores_ref, high_ref, low_ref, until_ref = refs
-    leaving = [jnp.zeros((BLOCK, LANES), jnp.float32) for _ in heads]
-    shape = (2 * BLOCK, LANES)
-    distance = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    for rows, weights, until in decay.blocks(heads):
-        until_ref[rows, until_lanes] = until
-        dproducts = dproducts_ref[rows, :]
-        for n, weight in enumerate(weights):
-            scores, dscores = weight * products_ref[rows, :], dscores_ref[slot + n, rows, :]
-            scores_ref[slot + n, rows, :] = scores.astype(dtype)
-            dproducts = dproducts + weight * dscores
-            # A token does not decay what it adds itself.
-            flow = jnp.where(distance == -rows.start, 0.0, scores * dscores)
-            leaving[n] = leaving[n] + (flow[:BLOCK] + flow[BLOCK:])
-            high_ref[slot + n, rows, :] = flow.astype(dtype)
-            if dtype != jnp.float32:  # targets and sources nearly cancel: both parts of the number are summed
-                low_ref[slot + n, rows, :] = (flow - flow.astype(dtype).astype(jnp.float32)).astype(dtype)
-        dproducts_ref[rows, :] = dproducts
-    out = []
-    for n, source in enumerate(leaving):
-        target = _head_sums(high_ref[slot + n], 1)
-        target = target if dtype == jnp.float32 else target + _head_sums(low_ref[slot + n], 1)
-        out.append(target[:1] - jnp.sum(source, axis=0, keepdims=True))
-    return out
+    products_ref, dproducts_ref = refs
+    span, scores, flows, outs = decay.span, [], [], []
+    for rows, weight, out in decay.blocks(p, n):
+        at = slice(n * span + rows.start, n * span + rows.stop)
+        products, dproducts = products_ref[at, :], weight * dscores[rows]
+        dproducts_ref[at, :] += dproducts
+        scores.append((weight * products).astype(dtype))
+        # Of the rounded scores, as the values' gradient is: their sums over targets and over sources cancel.
+        flows.append(scores[-1].astype(jnp.float32) * dscores[rows])
+        outs.append(out)
+    scores, flows, outs = (jnp.concatenate(x, axis=0) for x in (scores, flows, outs))
+    return scores, flows, outs
 
 
 def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     q_ref, k_ref, v_ref, g_ref, s_ref, dy_ref, dstate_ref, *refs = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *refs = refs
-    ds_ref, dq_sum, dk_sum, dq_in, arriving, departing, passing, transposed_ref, *refs = refs
-    pair_refs, tables = refs[:7], refs[7:]
-    products_ref, dproducts_ref, dscores_ref, scores_ref, _, _, until_ref = pair_refs
-    t, h = pl.program_id(2), pl.program_id(3)
+    ds_ref, dq_sum, dk_sum, dq_in, transposed_ref, *refs = refs
+    same_ref, *refs = refs
+    product_refs, between_refs, flow_refs, tables = refs[:2], refs[2:5], refs[5:8], refs[8:]
+    products_ref, dproducts_ref = product_refs
+    between_ref, half_ref, dbetween_ref = between_refs
+    arriving, departing, onward = flow_refs
+    t, h, count = pl.program_id(2), pl.program_id(3), lay.pair
+    spans = [slice(start, start + CHUNK // count) for start in range(0, CHUNK, CHUNK // count)]
 
     @pl.when(t == 0)
     def _():
@@ -103,52 +102,84 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         dq_sum[...] = jnp.zeros(dq_sum.shape, jnp.float32)
         dk_sum[...] = jnp.zeros(dk_sum.shape, jnp.float32)
 
-    for ref in (arriving, departing, passing, dproducts_ref, dq_in):
+    used = [*([dq_in] if resets else []), dproducts_ref, *([dbetween_ref] if count == 2 else [])]
+    for ref in used + (list(flow_refs) if lay.rows > lay.heads else []):
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
-    decay = HeadDecay(g_ref[...], scale, tables)
+    decay = HeadDecay(g_ref, scale, tables, count, mirrored=True)
     q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
-    products_ref[...], transposed_ref[...] = scale * contract(q, k, 1, 1), q.T
+    transposed_ref[...] = q.T
+    # No decay lies between a token and itself: it is left out of what flows through them, exactly.
+    same = scale * jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=1, keepdims=True)
+    same_ref[...] = jnp.broadcast_to(same, same_ref.shape)
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (decay.span, LANES), axis) for axis in (0, 1))
+    for span in spans:
+        products = scale * contract(k[span], jnp.concatenate([q[span]] * count, axis=0), 1, 1)
+        products_ref[span, :] = jnp.where((lane & (decay.span - 1)) == row, 0.0, products)
+    if count == 2:
+        between_ref[...] = contract(k[spans[0]], jnp.concatenate([q[spans[1]]] * count, axis=0), 1, 1)
+        half_ref[...] = between_ref[:, : lay.values].astype(dtype)
 
-    def body(heads, lanes, slot):
-        width, count = lanes.size, len(heads)
-        slot, until_lanes = slot * count, slice(slot * LANES, (slot + 1) * LANES)
+    def body(p, lanes):
+        width = lanes.size
         v, dy = (ref[:, lanes].astype(jnp.float32) for ref in (v_ref, dy_ref))
-        v_half, dy_half = v.astype(dtype), dy.astype(dtype)
         s, ds = s_ref[:, lanes], ds_ref[h, :, lanes]
-        s_half, ds_half = s.astype(dtype), ds.astype(dtype)
-        for n in range(count):
-            dscores_ref[slot + n] = contract(_one_head(dy, n, count).astype(dtype), v_half, 1, 1)
-        flows = _within(decay, heads, slot, pair_refs, until_lanes, dtype)
-        dv = join([contract(scores_ref[slot + n], dy_half, 0, 0) for n in range(count)])
+        s_half, ds_half, v_half, dy_half = (x.astype(dtype) for x in (s, ds, v, dy))
+        wholes = [widen(w, width) for w in decay.whole(p)]
+        until = widen(decay.other(p), width)
+        dvs, flows, outs, after = [], [], [], []
+        for n, span in enumerate(spans):
+            by_head = apart(dy_half[span], count)
+            dscores = contract(v_half[span], by_head, 1, 1)
+            scores, flow, out = _within(decay, p, n, dscores, product_refs, dtype)
+            dvs.append(contract(scores, by_head, 1, 0))
+            flows.append(_fold(flow))
+            outs.append(widen(out, width))
+        if count == 2:
+            # From the first span to the second: through the edge between them.
+            leaving, entering = outs[0] * v[spans[0]], (until * dy)[spans[1]].astype(dtype)
+            dbetween = contract(leaving.astype(dtype), apart(entering, count), 1, 1)
+            dbetween_ref[...] += dbetween
+            flows.append(_fold(between_ref[...] * dbetween))
+            dvs[0] = dvs[0] + outs[0] * contract(half_ref[...], entering, 1, 0)
+            until = jnp.concatenate([until[spans[0]], until[spans[1]] * wholes[0]], axis=0)
+            outs[0] = outs[0] * wholes[1]
+            wholes = [wholes[0] * wholes[1]]
+        yield
         # From the state before the chunk, and to the state after it.
-        until, after = widen(until_ref[:, until_lanes], width), widen(decay.after(heads), width)
-        whole = decay.whole(heads, s.shape)
+        after, whole = jnp.concatenate(outs, axis=0), jnp.broadcast_to(wholes[0], s.shape)
         seen, added = dy * until, (after * v).astype(dtype)
-        dq_in[...] += contract(seen.astype(dtype), s_half, 1, 1)
+        dq_to = dq_in if resets else dq_sum
+        dq_to[...] += contract(seen.astype(dtype), s_half, 1, 1)
         dk_sum[...] += contract(added, ds_half, 1, 1)
         dv_out = after * contract(k_ref[...].astype(dtype), ds_half, 1, 0)
-        dv_ref[:, lanes] = (dv + dv_out).astype(dv_ref.dtype)
+        dv = jnp.concatenate(dvs, axis=0) + dv_out
+        dv_ref[:, lanes] = (dv + widen(same_ref[...], width) * dy).astype(dv_ref.dtype)
         ds_ref[h, :, lanes] = whole * ds + contract(transposed_ref[...], seen.astype(dtype), 1, 0)
         # What flows through the decays.
         y_in = contract(q_ref[...].astype(dtype), s_half, 1, 0)
         seen = _head_sums(decayed(until, dy * y_in, resets).astype(dtype), count)
-        out = _head_sums((v * dv_out).astype(dtype), count)
-        through = _head_sums(decayed(whole, s * ds, resets).astype(dtype), count)
-        through = jnp.broadcast_to(jnp.sum(through, axis=1, keepdims=True), out.shape)
-        for n, head in enumerate(heads):
-            row = pl.ds(head, 1)
-            arriving[row, :] = flows[n] + seen[n : n + 1]
-            departing[row, :], passing[row, :] = out[n : n + 1], through[n : n + 1]
+        left = _exact_head_sums(v * dv, count, dtype)
+        if count == 2:
+            flows.append(_fold((v * dv_out)[spans[0]]))
+        for n, flow in enumerate([*flows, _fold(decayed(whole, s * ds, resets))]):
+            start = (n * decay.rows + p) * BLOCK
+            onward[pl.ds(start if isinstance(p, int) else pl.multiple_of(start, BLOCK), BLOCK), :] = flow
+        for n in range(count):
+            row = pl.ds(n * decay.rows + p, 1)
+            arriving[row, :], departing[row, :] = seen[n : n + 1], left[n : n + 1]
 
     for_heads(lay, unrolled(lay, UNROLL), body)
-    dproducts = (scale * dproducts_ref[...]).astype(dtype)
-    from_state = dq_in[...]
     if resets:
-        from_state = jnp.where(widen(decay.seen(), lay.keys) > 0.0, from_state, 0.0)
-    dq_sum[...] += from_state + contract(dproducts, k, 1, 0)
-    dk_sum[...] += contract(dproducts, q, 0, 0)
-    out = departing[...]
-    dg_ref[...] = cumulate(arriving[...], 1, reverse=True) + (cumulate(out, 1, reverse=False) - out) + passing[...]
+        dq_sum[...] += jnp.where(widen(decay.seen(), lay.keys) > 0.0, dq_in[...], 0.0)
+    pairs = [(spans[n], spans[n], scale * dproducts_ref[spans[n], :]) for n in range(count)]
+    if count == 2:
+        pairs.append((spans[0], spans[1], dbetween_ref[...]))
+    for source, target, dproducts in pairs:
+        dproducts = dproducts.astype(dtype)
+        dk_sum[source, :] += contract(dproducts, jnp.concatenate([q[target]] * count, axis=0), 1, 0)
+        by_head = contract(dproducts, k[source], 0, 0)
+        dq_sum[target, :] += sum(by_head[n * decay.span : (n + 1) * decay.span] for n in range(count))
+    _write_decay(dg_ref, flow_refs, decay)
 
     @pl.when(h == pl.num_programs(3) - 1)
     def _():
@@ -160,14 +191,46 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         dbefore_ref[...] = ds_ref[h]
 
 
+def _write_decay(dg_ref, flow_refs, decay) -> None:
+    """Gradients of the log decays: what reaches a later token, or the end, from an earlier one, or the start.
+
+    Within a span that is what later tokens receive from all of it, and earlier ones give to all of it and to what
+    follows, less all that passes within it.
+    """
+    arriving, departing, onward = flow_refs
+    count, rows, span = decay.count, decay.rows, decay.span
+    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+
+    def folded(n: int) -> jax.Array:
+        parts = [onward[pl.ds(n * rows * BLOCK + r, rows, stride=BLOCK), :] for r in range(BLOCK)]
+        return functools.reduce(jnp.add, parts)
+
+    def only(x, n: int) -> jax.Array:
+        return jnp.where((lane >= n * span) & (lane < (n + 1) * span), x, 0.0)
+
+    inside = [folded(n) for n in range(count)]
+    targets = decay.by_head([inside[0], inside[1] + folded(2)] if count == 2 else inside)
+    through, across = (folded(4), folded(3)) if count == 2 else (folded(1), None)
+    for n in range(count):
+        seen, left = (ref[n * rows : (n + 1) * rows, :] for ref in (arriving, departing))
+        past = [only(through - x, n) for x in inside]
+        if count == 2:  # the second span's targets see the start through all of the first, whose sources see the end
+            past = [past[0] + only(seen, 1), past[1] + only(across, n)]
+        past = [jnp.sum(x, axis=1, keepdims=True) for x in past]
+        onto = cumulate(targets[n] + seen, 1, reverse=True, span=span)
+        away = cumulate(left, 1, reverse=False, span=span) - left
+        past = join([jnp.broadcast_to(x, seen.shape) for x in past])
+        dg_ref[pl.ds(n, rows, stride=count), :] = onto + away + past
+
+
 def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, resets: bool):
     batch = v.shape[0]
     specs = block_specs(lay, lambda b, n, t, h: (b, n, h, lay.chunks - 1 - t))
     decay = "shared_rows" if g.shape[0] == 1 else "rows"
     dtype = compute_dtype(q, k, v)
     kernel = functools.partial(_head_kernel, lay=lay, scale=scale, dtype=dtype, resets=resets)
-    rows = pltpu.VMEM((lay.rows, LANES), jnp.float32)
-    count = unrolled(lay, UNROLL) * paired(lay)
+    count = lay.pair
+    rows, span = pltpu.VMEM((lay.rows, LANES), jnp.float32), CHUNK // count
     return pl.pallas_call(
         kernel,
         grid=(batch, lay.groups, lay.chunks, lay.blocks),
@@ -181,13 +244,14 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
         scratch_shapes=[
             pltpu.VMEM((lay.blocks, lay.keys, lay.lanes), jnp.float32),
             *[pltpu.VMEM((CHUNK, lay.keys), jnp.float32)] * 3,
-            *[rows] * 3,
             pltpu.VMEM((lay.keys, CHUNK), dtype),
-            *[pltpu.VMEM((CHUNK, CHUNK), jnp.float32)] * 2,
-            pltpu.VMEM((count, CHUNK, CHUNK), jnp.float32),
-            *[pltpu.VMEM((count, CHUNK, CHUNK), dtype)] * 3,
-            pltpu.VMEM((CHUNK, unrolled(lay, UNROLL) * LANES), jnp.float32),
-            *HeadDecay.tables(lay.rows),
+            *[pltpu.VMEM((CHUNK, LANES), jnp.float32)] * 3,
+            pltpu.VMEM((span, LANES), jnp.float32),
+            pltpu.VMEM((span, span), dtype),
+            pltpu.VMEM((span, LANES), jnp.float32),
+            *[rows] * 2,
+            pltpu.VMEM(((5 if count == 2 else 2) * lay.rows // count * BLOCK, LANES), jnp.float32),
+            *HeadDecay.scratch(lay),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT

@@ -54,14 +54,19 @@ class Layout:
     @property
     def heads(self) -> int:
         """Heads of a step."""
-        pair = max(1, LANES // self.values)
-        fits = [n for n in range(pair, self.ratio + 1, pair) if self.ratio % n == 0 and n * self.values <= MAX_LANES]
+        lanes, pair = self.values, self.pair
+        fits = [n for n in range(pair, self.ratio + 1, pair) if self.ratio % n == 0 and n * lanes <= MAX_LANES]
         return max(fits, default=pair)
 
     @property
+    def pair(self) -> int:
+        """Heads side by side in a register: two of half of it, or one."""
+        return max(1, LANES // self.values)
+
+    @property
     def rows(self) -> int:
-        """Heads of a step, up to whole registers of eight."""
-        return -(-self.heads // BLOCK) * BLOCK
+        """Heads of a step, up to whole registers of eight, of every second head where two are side by side."""
+        return -(-self.heads // (BLOCK * self.pair)) * BLOCK * self.pair
 
     @property
     def blocks(self) -> int:
@@ -182,11 +187,11 @@ def decayed(factor, x, resets: bool) -> jax.Array:
     return jnp.where(factor == 0.0, 0.0, factor * x) if resets else factor * x
 
 
-def cumulate(x, axis: int, *, reverse: bool) -> jax.Array:
-    """Inclusive sums along an axis of 128, from the last to the first when reversed."""
-    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    for size in (1, 2, 4, 8, 16, 32, 64):
-        inside = index < CHUNK - size if reverse else index >= size
+def cumulate(x, axis: int, *, reverse: bool, span: int = CHUNK) -> jax.Array:
+    """Inclusive sums along an axis of 128, from the last to the first when reversed, anew in every span."""
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) & (span - 1)
+    for size in (2**n for n in range((span - 1).bit_length())):
+        inside = index < span - size if reverse else index >= size
         x = x + jnp.where(inside, pltpu.roll(x, CHUNK - size if reverse else size, axis), 0.0)
     return x
 
