@@ -9,35 +9,23 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import zoo
-from zoo.core.params import flatten, map_specs
+from tests.interop.hf_folders import CONFIG, INDEX, SIZES, WEIGHTS, edit_config, params_of
+from zoo.core.params import flatten
 from zoo.interop import hf_config, hf_rope, safetensors_io
 from zoo.interop.families import HF_FAMILIES, read_options
-from zoo.layers.rotary import Linear, LongRoPE
-
-SIZES = {"vocab_size": 31, "width": 16, "layers": 2, "heads": 2, "hidden": 12}
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-
-
-def _params(model, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    return map_specs(lambda _, spec: rng.normal(size=spec.shape).astype(dtype), model.param_specs())
+from zoo.layers.rotary import LongRoPE
 
 
 @pytest.fixture
 def llama():
     model = zoo.create("dense", **SIZES)
-    return model, _params(model)
+    return model, params_of(model)
 
 
 @pytest.fixture
 def folder(llama, tmp_path):
     zoo.to_hf(*llama, tmp_path / "model")
     return tmp_path / "model"
-
-
-def _edit_config(folder, **changes):
-    path = folder / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def _edit_weights(folder, edit):
@@ -82,7 +70,7 @@ def test_rotary_buffers_are_known(folder, llama):
 
 def test_the_head_of_a_tied_model_must_be_its_embedding(tmp_path):
     model = zoo.create("dense", **SIZES, tied=True)
-    params = _params(model)
+    params = params_of(model)
     zoo.to_hf(model, params, tmp_path)
     _edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     _, loaded = zoo.from_hf(tmp_path)
@@ -96,7 +84,7 @@ def test_the_head_of_a_tied_model_must_be_its_embedding(tmp_path):
 
 def test_an_older_name_of_mambas_embedding(tmp_path):
     model = zoo.create("mamba", vocab_size=31, width=16, layers=2)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), _params(model))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params_of(model))
     zoo.to_hf(model, params, tmp_path)
     old, new = "backbone.embedding.weight", "backbone.embeddings.weight"
     _edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t[new].copy(), old: t.pop(new)}))
@@ -214,7 +202,7 @@ def test_published_configs_are_the_presets(name):
     ],
 )
 def test_config_fields_that_are_refused(folder, field, value, word):
-    _edit_config(folder, **{field: value})
+    edit_config(folder, **{field: value})
     _refuses(folder, {"num_key_value_heads": "kv_heads"}.get(field, field), word)
 
 
@@ -266,7 +254,7 @@ def test_family_fields_that_are_refused(model_type, field, value):
 
 
 def test_fields_that_change_nothing_are_read_past(folder, llama):
-    _edit_config(folder, attention_dropout=0.1, use_cache=False, eos_token_id=[1, 2], temperature=0.7, auto_map={})
+    edit_config(folder, attention_dropout=0.1, use_cache=False, eos_token_id=[1, 2], temperature=0.7, auto_map={})
     model, _ = zoo.from_hf(folder)
     assert model.config == llama[0].config
 
@@ -396,94 +384,6 @@ def test_a_failed_write_leaves_nothing(folder, llama, monkeypatch):
 def test_plan_shards():
     plan = safetensors_io.plan_shards({"a": 4, "b": 4, "c": 9, "d": 1, "e": 7, "f": 1}, 8)
     assert plan == [["a", "b"], ["c"], ["d", "e"], ["f"]]
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"embedding_scale": 2.0}, "embedding_scale=2.0"),
-        ({"logit_soft_cap": 30.0}, "logit_soft_cap=30.0"),
-        ({"attention_scale": 0.5}, "attention_scale=0.5"),
-        ({"rope_style": "interleaved"}, "rope_style=interleaved"),
-        ({"qk_norm": "head"}, "qk_norm=head"),
-        ({"norm": "layer_without_bias"}, "norm=layer_without_bias"),
-        ({"window": (4, None)}, "window=(4, None)"),
-        ({"window": (4, 3), "qkv_bias": True}, "window=(4, 3)"),
-        ({"rope_fraction": 0.5, "rope_scaling": Linear(2.0)}, "rope_fraction=0.5"),
-        ({"out_bias": True}, "qkv_bias=False, out_bias=True"),
-    ],
-)
-def test_options_that_no_model_type_expresses(options, word, tmp_path):
-    model = zoo.create("dense", **SIZES, **options)
-    with pytest.raises(ValueError, match="no Hugging Face model_type expresses") as caught:
-        zoo.to_hf(model, _params(model), tmp_path / "out")
-    assert word in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "word"),
-    [
-        ("mamba2-tiny", {"norm_before_gate": True}, "norm_before_gate=True"),
-        ("mamba2-tiny", {"skip": "channel"}, "skip=channel"),
-        ("mamba2-tiny", {"heads": 9}, "heads * head_width=144 with width=64"),
-        ("mamba2-tiny", {"norm_groups": 2}, "norm_groups=2 with groups=1"),
-        ("mamba2-hybrid-tiny", {"tied": True}, "tied=True"),
-        ("mamba2-hybrid-tiny", {"dt_limit": (0.0, 0.5)}, "dt_limit=(0.0, 0.5)"),
-    ],
-)
-def test_options_of_mamba2_that_no_model_type_expresses(name, options, word, tmp_path):
-    with pytest.raises(ValueError, match="no Hugging Face model_type expresses") as caught:
-        zoo.to_hf(zoo.create(name, **options), {}, tmp_path / "out")
-    assert word in str(caught.value)
-
-
-def test_limits_of_dt_with_an_infinite_bound(tmp_path):
-    """JSON knows no infinity: transformers writes an object, older files hold the bare word."""
-    model = zoo.create("mamba2-tiny", vocab_size=31, width=16, head_width=8, layers=1, state=4, dt_limit=(0.1, np.inf))
-    zoo.to_hf(model, _params(model), tmp_path)
-    written = json.loads((tmp_path / CONFIG).read_text())
-    assert written["time_step_limit"] == [0.1, {"__float__": "Infinity"}]
-    for bounds in (written["time_step_limit"], [0.1, np.inf]):
-        _edit_config(tmp_path, time_step_limit=bounds)
-        assert zoo.from_hf(tmp_path)[0].options["dt_limit"] == (0.1, np.inf)
-
-
-def test_families_without_a_class(tmp_path):
-    model = zoo.create("samba-tiny")
-    with pytest.raises(ValueError, match="no class for the family 'samba'"):
-        zoo.to_hf(model, {}, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, "llama"),
-        ({"qkv_bias": True, "out_bias": True}, "llama"),
-        ({"window": 4}, "mistral"),
-        ({"qkv_bias": True}, "qwen2"),
-        ({"qkv_bias": True, "window": (None, 4)}, "qwen2"),
-        ({"rope_fraction": 0.5}, "phi3"),
-        ({"norm": "layer", "gated": False, "activation": "gelu_tanh"}, "starcoder2"),
-        ({"norm": "layer", "qk_norm": "per_head"}, "stablelm"),
-        ({"norm": "nonparametric", "clip_qkv": 2.0}, "olmo"),
-        ({"norm_placement": "post", "qk_norm": "full"}, "olmo2"),
-        ({"attention_scale": 8**-0.5}, "llama"),
-    ],
-)
-def test_the_model_type_follows_from_the_options(options, expected, tmp_path):
-    model = zoo.create("dense", **SIZES, **options)
-    params = _params(model)
-    zoo.to_hf(model, params, tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["model_type"] == expected
-    loaded_model, loaded = zoo.from_hf(tmp_path)
-    assert {**loaded_model.options, "attention_scale": None, "kv_heads": 2, "head_width": 8} == {
-        **model.options,
-        "attention_scale": None,
-        "kv_heads": 2,
-        "head_width": 8,
-    }
-    jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
 def test_model_type_can_be_asked_for(llama, tmp_path):
