@@ -3,6 +3,7 @@
 import numpy as np
 
 from tests.mixers.based_oracles import base_conv, hedgehog, taylor_attention
+from tests.mixers.lstm_oracles import lstm
 from tests.mixers.numpy_oracles import (
     attention,
     bit_mlp,
@@ -46,6 +47,7 @@ ORACLES = {
     "hedgehog": hedgehog,
     "hgrn": hgrn,
     "hgrn2": hgrn2,
+    "lstm": lstm,
     "mamba": mamba,
     "mamba2": mamba2,
     "mlgru": mlgru,

@@ -8,6 +8,7 @@ from zoo.mixers import (
     hedgehog,
     hgrn,
     hgrn2,
+    lstm,
     mamba,
     mamba2,
     mlgru,
@@ -25,6 +26,7 @@ from zoo.mixers.gated_linear_attention import ChannelGate, FixedDecay, GatedLine
 from zoo.mixers.hedgehog import Hedgehog
 from zoo.mixers.hgrn import HGRN
 from zoo.mixers.hgrn2 import HGRN2
+from zoo.mixers.lstm import LSTM
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
 from zoo.mixers.mlgru import MLGRU
@@ -37,6 +39,7 @@ from zoo.mixers.taylor_attention import TaylorAttention
 __all__ = [
     "HGRN",
     "HGRN2",
+    "LSTM",
     "MIXERS",
     "MLGRU",
     "MLP",
@@ -63,6 +66,7 @@ __all__ = [
     "hedgehog",
     "hgrn",
     "hgrn2",
+    "lstm",
     "mamba",
     "mamba2",
     "mixer_of",
