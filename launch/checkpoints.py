@@ -14,8 +14,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from launch.config import ConfigError
 
-METRIC = "bits_per_byte"
-
 
 class Checkpoints:
     """The checkpoints of one run.
@@ -23,16 +21,25 @@ class Checkpoints:
     Args:
       directory: where they lie.
       keep_last: how many of the newest are kept.
-      keep_best: how many of those with the lowest validation bits per byte are kept; ones that were not evaluated
-        do not compete.
+      keep_best: how many of those with the lowest validation metric are kept; ones that were not evaluated do not
+        compete.
+      metric: its name.
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep_last: int = 1, keep_best: int = 0, read_only: bool = False):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        metric: str = "bits_per_byte",
+        read_only: bool = False,
+    ):
         keep: list[Any] = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             keep.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    get_metric_fn=lambda metrics: metrics[metric],
                     reverse=True,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -40,7 +47,7 @@ class Checkpoints:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-            best_fn=lambda metrics: metrics[METRIC],
+            best_fn=lambda metrics: metrics[metric],
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             read_only=read_only,

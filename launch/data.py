@@ -1,4 +1,4 @@
-"""The data of a run: prepared text, batches for training, batches for evaluation."""
+"""The data of a run: prepared text or a generated task, batches for training, batches for evaluation."""
 
 import pathlib
 from typing import Any
@@ -7,50 +7,69 @@ import grain
 import jax
 
 import pipelines
-from launch.config import to_dict
+from launch.config import options, to_dict
+from zoo.core.registry import nearest
+
+Data = pipelines.TextDataset | pipelines.TaskDataset
+NO_TOKENIZER = "none"  # the name of data.tokenizer where the source is a task
 
 
-def prepare(config: Any, workdir: pathlib.Path) -> pipelines.TextDataset:
-    """Reads and tokenises the source once, into `data.directory` or the workdir."""
+def prepare(config: Any, workdir: pathlib.Path) -> Data:
+    """Reads and tokenises a source of text once, into `data.directory` or the workdir; a task needs no files.
+
+    Raises:
+      KeyError, ValueError: an unknown name or option, a tokenizer for a task, or a length that the task cannot make.
+    """
     data = to_dict(config["data"])
-    source = {key: value for key, value in data["source"].items() if value is not None}
-    tokenizer = {key: value for key, value in data["tokenizer"].items() if value is not None}
-    return pipelines.prepare(source, tokenizer, data["directory"] or workdir)
+    name, given = options(data["source"])
+    tokenizer, tokenizer_options = options(data["tokenizer"])
+    if name in pipelines.TASKS.names():
+        if tokenizer != NO_TOKENIZER:
+            raise ValueError(
+                f"source {name!r} makes ids, not text: tokenizer.name={tokenizer!r} must be {NO_TOKENIZER!r}"
+            )
+        return pipelines.TaskDataset(pipelines.make_task({"name": name, **given}), config["sequence_length"])
+    if name not in pipelines.SOURCES.names():
+        names = [*pipelines.SOURCES.names(), *pipelines.TASKS.names()]
+        raise KeyError(f"unknown source {name!r}; {nearest(name, names)}")
+    described = {"name": tokenizer, **tokenizer_options}
+    return pipelines.prepare({"name": name, **given}, described, data["directory"] or workdir)
 
 
-def fingerprint(data: pipelines.TextDataset) -> str:
-    """Hash of the documents and the tokenizer."""
-    return data.directory.name
-
-
-def train_batches(data: pipelines.TextDataset, config: Any) -> grain.DatasetIterator:
+def train_batches(data: Data, config: Any) -> grain.DatasetIterator:
     """This process's rows of every training batch."""
+    common = {
+        "batch_size": config["batch_size"],
+        "seed": config["seed"],
+        "epochs": config["data"]["epochs"],
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    if isinstance(data, pipelines.TaskDataset):
+        return data.train_iterator(**common)
     return pipelines.train_iterator(
-        data.train,
-        length=config["sequence_length"],
-        batch_size=config["batch_size"],
-        seed=config["seed"],
-        epochs=config["data"]["epochs"],
-        shuffle_rows=config["data"]["shuffle_rows"],
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        data.train, length=config["sequence_length"], shuffle_rows=config["data"]["shuffle_rows"], **common
     )
 
 
-def evaluation_batches(data: pipelines.TextDataset, config: Any) -> grain.DatasetIterator:
-    """This process's rows of one pass over the held-out documents, with the bytes of each target."""
+def evaluation_batches(data: Data, config: Any) -> grain.DatasetIterator:
+    """This process's rows of one pass over the held-out documents or examples; those of text count target bytes."""
+    common = {
+        "batch_size": config["batch_size"] // config["accumulation"],
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    if isinstance(data, pipelines.TaskDataset):
+        return data.evaluation_iterator(**common)
     return pipelines.evaluation_iterator(
-        data.validation,
-        length=config["sequence_length"],
-        batch_size=config["batch_size"] // config["accumulation"],
-        byte_lengths=data.tokenizer.byte_lengths,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        data.validation, length=config["sequence_length"], byte_lengths=data.tokenizer.byte_lengths, **common
     )
 
 
-def baselines(data: pipelines.TextDataset) -> dict[str, float]:
-    """Bits per byte on the held-out documents of coders that need no training of ours."""
+def baselines(data: Data) -> dict[str, float]:
+    """The data's first metric, of what needs no training of ours: coders of the held-out text, or a guess."""
+    if isinstance(data, pipelines.TaskDataset):
+        return {"uniform guess": data.uniform_loss}
     return {
         "unigram": pipelines.unigram_bits_per_byte(data.texts("train"), data.texts("validation")),
         "gzip": pipelines.gzip_bits_per_byte(data.texts("validation")),

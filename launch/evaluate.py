@@ -1,4 +1,4 @@
-"""Bits per byte on held-out documents."""
+"""Bits per byte on held-out documents; loss and accuracy on held-out examples of a task."""
 
 import itertools
 import math
@@ -15,17 +15,18 @@ from launch.run import Run
 
 
 def evaluate(run: Run, params: Any, batches: int = 0) -> dict[str, float]:
-    """Loss and bits per byte of parameters on the held-out documents.
+    """Loss, accuracy and, of text, bits per byte of parameters on what is held out.
 
-    bits_per_byte = sum of nll in nats / (ln 2 * bytes of the targets' text), over tokens and ends of documents.
+    Means are over the targets that the loss mask counts. bits_per_byte = sum of nll in nats / (ln 2 * bytes of the
+    targets' text), over tokens and ends of documents.
 
     Args:
       run: the run.
       params: parameters on the run's mesh.
-      batches: how many batches; 0 = all documents.
+      batches: how many batches; 0 = all.
 
     Returns:
-      loss (nats per token), bits_per_byte, and the other means that the objective reports.
+      loss (nats per target), bits_per_byte where there is text, and the other means that the objective reports.
     """
     iterator = data_lib.evaluation_batches(run.data, run.config)
     key = jax.random.key(run.config["seed"])
@@ -37,9 +38,10 @@ def evaluate(run: Run, params: Any, batches: int = 0) -> dict[str, float]:
             _add(totals, pending)  # one batch late: the devices always have the next one to work on
             pending = sums
         _add(totals, pending)
-    weight, num_bytes = totals.pop("weight"), totals.pop("bytes")
+    weight, num_bytes = totals.pop("weight"), totals.pop("bytes", None)
     means = {name: total / weight for name, total in totals.items()}
-    return {"loss": means.pop("nll"), "bits_per_byte": totals["nll"] / (math.log(2) * num_bytes), **means}
+    of_text = {} if num_bytes is None else {"bits_per_byte": totals["nll"] / (math.log(2) * num_bytes)}
+    return {"loss": means.pop("nll"), **of_text, **means}
 
 
 def _add(totals: dict[str, float], sums: Any) -> None:
@@ -48,11 +50,17 @@ def _add(totals: dict[str, float], sums: Any) -> None:
             totals[name] = totals.get(name, 0.0) + float(value)
 
 
-def compare(run: Run, bits_per_byte: float) -> dict[str, float]:
-    """Bits per byte of the model and of the baselines, also on the screen."""
-    table = {run.config["model"]["name"]: bits_per_byte, **data_lib.baselines(run.data)}
+def describe(run: Run, result: dict[str, float]) -> str:
+    """The data's metrics out of what `evaluate` returned, as one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {result[name]:.4f}" for name in run.data.metrics)
+
+
+def compare(run: Run, result: dict[str, float]) -> dict[str, float]:
+    """The data's first metric, of the model and of the baselines, also on the screen."""
+    metric = run.data.metrics[0]
+    table = {run.config["model"]["name"]: result[metric], **data_lib.baselines(run.data)}
     if jax.process_index() == 0:
-        print_table("held-out documents", table, "bits per byte")
+        print_table(f"held-out {run.data.unit}", table, metric.replace("_", " "))
     return table
 
 
@@ -61,7 +69,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     this = run_lib.build(config, workdir)
     step, params = this.restore_params()
     result = evaluate(this, params)
-    table = compare(this, result["bits_per_byte"])
+    table = compare(this, result)
     if jax.process_index() == 0:
-        write_json(workdir / "evaluation.json", {"step": step, **result, "bits_per_byte_of": table})
+        write_json(workdir / "evaluation.json", {"step": step, **result, f"{this.data.metrics[0]}_of": table})
         print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))

@@ -68,6 +68,10 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     if jax.process_count() > 1:
         raise ConfigError("mode=generate runs in one process; restore the checkpoint there")
     this = run_lib.build(config, workdir)
+    if this.data.tokenizer is None:
+        raise ConfigError(
+            f"mode=generate needs text: config.data.source {this.config['data']['source']['name']!r} has none"
+        )
     step, params = this.restore_params()
     stream = len(this.config["generate"]["prompts"]) == 1 and jax.process_index() == 0
     if stream:

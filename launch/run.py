@@ -12,7 +12,6 @@ import jax
 from jax.sharding import Mesh
 
 import objectives
-import pipelines
 from launch import config as config_lib
 from launch import data as data_lib
 from launch import mesh as mesh_lib
@@ -65,12 +64,12 @@ class Run(Program):
     Attributes:
       config: plain nested dicts without open ends (vocabulary, horizon of the schedule).
       workdir: where it lives.
-      data: documents and tokenizer.
+      data: documents and tokenizer, or a task.
     """
 
     config: dict[str, Any]
     workdir: pathlib.Path
-    data: pipelines.TextDataset
+    data: data_lib.Data
 
     def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
         """The checkpoints of the workdir."""
@@ -79,6 +78,7 @@ class Run(Program):
             self.workdir / "checkpoints",
             keep_last=keep["keep_last"],
             keep_best=keep["keep_best"],
+            metric=self.data.metrics[0],
             read_only=read_only,
         )
 
@@ -89,7 +89,7 @@ class Run(Program):
 
     def check_resume(self) -> None:
         """Refuses a workdir whose run had another model, data or optimisation."""
-        config_lib.check_resume(self.saved_config, self.config, data_lib.fingerprint(self.data))
+        config_lib.check_resume(self.saved_config, self.config, self.data.fingerprint)
 
     def restore_params(self) -> tuple[int, Any]:
         """Step and parameters (their moving average where there is one) of the checkpoint that the config names."""
@@ -110,7 +110,7 @@ def resolve(config: Any, vocab_size: int) -> dict[str, Any]:
     """Fills in what depends on the data and on other keys.
 
     Raises:
-      ConfigError: config.model.vocab_size is smaller than the tokenizer's.
+      ConfigError: config.model.vocab_size is smaller than the data's.
     """
     resolved = copy.deepcopy(config_lib.to_dict(config))
     model = resolved["model"]
@@ -118,7 +118,7 @@ def resolve(config: Any, vocab_size: int) -> dict[str, Any]:
         model["vocab_size"] = vocab_size
     if model["vocab_size"] < vocab_size:
         raise config_lib.ConfigError(
-            f"config.model.vocab_size={model['vocab_size']} is smaller than the tokenizer's {vocab_size}"
+            f"config.model.vocab_size={model['vocab_size']} is smaller than the data's {vocab_size}"
         )
     if resolved["optimizer"]["schedule"].get("steps") is None:
         resolved["optimizer"]["schedule"]["steps"] = resolved["steps"]
@@ -143,7 +143,7 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
 
     with config_lib.at("data"):
         data = data_lib.prepare(config, workdir)
-    plain = resolve(config, data.tokenizer.vocab_size)
+    plain = resolve(config, data.vocab_size)
     program = assemble(plain, mesh, rules)
     fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
     return Run(config=plain, workdir=workdir, data=data, **fields)

@@ -159,10 +159,11 @@ def make_train_step(
 
 
 def make_eval_step(loss: Loss) -> Callable[[Tree, Batch, jax.Array], dict[str, jax.Array]]:
-    """`step(params, batch, key)`: the sums weight, metrics of the objective and bytes of the batch's targets."""
+    """`step(params, batch, key)`: the sums weight, metrics of the objective and, of text, bytes of the targets."""
 
     def eval_step(params: Tree, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         output = loss(params, batch, key)
-        return {"weight": output.weight, "bytes": jnp.sum(batch["target_bytes"]), **output.metrics}
+        of_text = {"bytes": jnp.sum(batch["target_bytes"])} if "target_bytes" in batch else {}
+        return {"weight": output.weight, **of_text, **output.metrics}
 
     return eval_step

@@ -19,8 +19,8 @@ from launch import evaluate as evaluate_lib
 from launch import flops as flops_lib
 from launch import generate as generate_lib
 from launch import run as run_lib
-from launch.checkpoints import METRIC, Checkpoints
-from launch.metrics import Report
+from launch.checkpoints import Checkpoints
+from launch.metrics import VALIDATION, Report
 from launch.plots import plot_loss
 from launch.run import Run, evaluation_params
 from launch.step import TrainState
@@ -102,7 +102,7 @@ def _start(run: Run, checkpoints: Checkpoints, iterator: Any) -> TrainState:
         run.check_resume()
         state = checkpoints.restore(run.abstract, iterator)
     if jax.process_index() == 0:
-        config_lib.save(run.saved_config, run.config, data_fingerprint=data_lib.fingerprint(run.data))
+        config_lib.save(run.saved_config, run.config, data_fingerprint=run.data.fingerprint)
     return state
 
 
@@ -151,9 +151,10 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
             row, validated = pending.read(keep=0 if save else 1), None
             if evaluated and row is not None:
                 result = evaluate_lib.evaluate(run, evaluation_params(state), config["evaluate"]["batches"])
-                row |= {f"validation_{key}": result[key] for key in ("loss", "bits_per_byte")}
-                report.say(f"step {step}/{config['steps']}  validation bits per byte {result['bits_per_byte']:.4f}")
-                validated = {METRIC: result["bits_per_byte"]}
+                scores = {f"validation_{key}": value for key, value in result.items()}
+                row |= {key: value for key, value in scores.items() if key in VALIDATION}
+                report.say(f"step {step}/{config['steps']}  validation {evaluate_lib.describe(run, result)}")
+                validated = {run.data.metrics[0]: result[run.data.metrics[0]]}
             if row is not None:
                 report.write(row)
             if save:  # after the row is on disk: metrics.csv never lacks a step that a checkpoint has
@@ -172,7 +173,7 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
     """The final evaluation, summary.json, loss.png and samples.md."""
     params = evaluation_params(state)
     result = evaluate_lib.evaluate(run, params)
-    table = evaluate_lib.compare(run, result["bits_per_byte"])
+    table = evaluate_lib.compare(run, result)
     if jax.process_index() != 0:
         return
     rate, kind = facts["tokens_per_second"], jax.devices()[0].device_kind
@@ -180,9 +181,9 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
     plot_loss(run.workdir / "metrics.csv", run.workdir / "loss.png")
     summary = {
         **facts,
-        "bits_per_byte": result["bits_per_byte"],
+        **{metric: result[metric] for metric in run.data.metrics},
         "validation": result,
-        "bits_per_byte_of": table,
+        f"{run.data.metrics[0]}_of": table,
         "parameters": count(run.model.param_specs()),
         "model_flops_per_token": per_token,
         "mfu": None if rate is None else flops_lib.utilisation(per_token, rate, kind, run.mesh.size),
@@ -191,7 +192,9 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
         "wall_seconds": time.perf_counter() - began,
     }
     config_lib.write_json(run.workdir / "summary.json", summary)
-    print(f"bits per byte {result['bits_per_byte']:.4f}; {run.workdir / 'summary.json'}")
+    print(f"{evaluate_lib.describe(run, result)}; {run.workdir / 'summary.json'}")
+    if run.data.tokenizer is None:
+        return  # ids that stand for no text
     if jax.process_count() > 1:
         print("no samples.md: samples need one process, use --config.mode=generate")
     else:

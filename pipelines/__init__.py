@@ -1,4 +1,4 @@
-"""Text sources, tokenizers and packing.
+"""Text sources, tokenizers and packing; generated tasks.
 
 >>> data = prepare({"name": "stdlib"}, {"name": "bpe", "vocab_size": 4096}, workdir)
 >>> batches = train_iterator(data.train, length=1024, batch_size=8, seed=0)
@@ -11,10 +11,12 @@ from pipelines.errors import DataError
 from pipelines.packing import evaluation_iterator, train_iterator
 from pipelines.sources import SOURCES, Document, Source, make_source
 from pipelines.stdlib_text import StdlibText
+from pipelines.synthetic import TASKS, Task, TaskDataset, make_task
 from pipelines.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
     "SOURCES",
+    "TASKS",
     "TOKENIZERS",
     "BPETokenizer",
     "ByteTokenizer",
@@ -22,6 +24,8 @@ __all__ = [
     "Document",
     "Source",
     "StdlibText",
+    "Task",
+    "TaskDataset",
     "TextDataset",
     "TokenizedDocuments",
     "Tokenizer",
@@ -30,6 +34,7 @@ __all__ = [
     "gzip_bits_per_byte",
     "load_tokenizer",
     "make_source",
+    "make_task",
     "prepare",
     "train_bpe",
     "train_iterator",

@@ -72,7 +72,11 @@ class TextDataset:
         tokenizer: the tokenizer the ids belong to.
         info: counts per split, skipped documents by reason, and the configs, as written to info.json.
         directory: where it lies.
+        metrics: what runs report; the first one chooses the best checkpoint. unit: of what is held out.
     """
+
+    metrics = ("bits_per_byte",)
+    unit = "documents"
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = pathlib.Path(directory)
@@ -80,6 +84,16 @@ class TextDataset:
         self.tokenizer = load_tokenizer(self.directory / "tokenizer.json")
         self.train = TokenizedDocuments(self.directory / "train")
         self.validation = TokenizedDocuments(self.directory / "validation")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the tokenizer."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the documents and the tokenizer."""
+        return self.directory.name
 
     def texts(self, split: str) -> Iterator[bytes]:
         """The exact UTF-8 bytes of the documents of a split, decoded from the tokens."""

@@ -24,7 +24,7 @@ import numpy as np
 from pipelines.dataset import TokenizedDocuments
 from pipelines.errors import DataError
 
-_READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # a memory map needs no reader threads
+READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # memory maps and generators need no reader threads
 
 
 def train_iterator(
@@ -54,18 +54,17 @@ def train_iterator(
     Returns:
         Iterator of dicts: tokens, targets, segment_ids, positions int32[B/P, L], loss_mask float32[B/P, L].
     """
-    _check_positive(length=length, batch_size=batch_size, shuffle_rows=shuffle_rows)
+    check_positive(length=length, batch_size=batch_size, shuffle_rows=shuffle_rows)
     if epochs is not None:
-        _check_positive(epochs=epochs)
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 31:
-        raise ValueError(f"seed={seed!r} must be an int, at least 0 and below 2**31")
+        check_positive(epochs=epochs)
+    check_seed(seed)
     if not len(documents):
         raise DataError("no documents to train on", repr(documents))
     shuffled = grain.MapDataset.source(documents).seed(seed).shuffle().repeat(epochs)
     rows: grain.IterDataset = _pack(shuffled, length)
     if shuffle_rows > 1:
         rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=shuffle_rows, seed=seed)
-    return iter(_batch(rows, batch_size, process_index, process_count))
+    return iter(local_batches(rows, batch_size, process_index, process_count))
 
 
 def evaluation_iterator(
@@ -93,14 +92,14 @@ def evaluation_iterator(
     Returns:
         Iterator of dicts as in `train_iterator`, with `target_bytes` where asked for.
     """
-    _check_positive(length=length, batch_size=batch_size)
+    check_positive(length=length, batch_size=batch_size)
     if not len(documents):
         raise DataError("no held-out documents", repr(documents), "raise heldout_fraction or add documents")
     rows = _pack(grain.MapDataset.source(documents), length)
     if byte_lengths is not None:
         table = np.array(byte_lengths, np.int32)
         rows = rows.map(lambda row: row | {"target_bytes": table[row["targets"]] * (row["segment_ids"] > 0)})
-    return iter(_batch(rows, batch_size, process_index, process_count))
+    return iter(local_batches(rows, batch_size, process_index, process_count))
 
 
 def as_pairs(document: np.ndarray) -> dict[str, np.ndarray]:
@@ -121,12 +120,19 @@ def _finish_row(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _pack(documents: grain.MapDataset, length: int) -> grain.IterDataset:
-    pairs = documents.map(as_pairs).to_iter_dataset(_READ)
+    pairs = documents.map(as_pairs).to_iter_dataset(READ)
     packed = grain.experimental.ConcatThenSplitIterDataset(pairs, length_struct={"tokens": length, "targets": length})
     return _JsonSafeState(packed).map(_finish_row)
 
 
-def _batch(rows: grain.IterDataset, batch_size: int, process_index: int, process_count: int) -> grain.IterDataset:
+def local_batches(
+    rows: grain.IterDataset, batch_size: int, process_index: int, process_count: int
+) -> grain.IterDataset:
+    """This process's block of every global batch of `batch_size` rows; zeros fill up the last batch.
+
+    Raises:
+        ValueError: the batch cannot be split evenly, or there is no such process.
+    """
     if process_count < 1 or not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} must be in 0..process_count-1, process_count={process_count}")
     if batch_size % process_count:
@@ -166,7 +172,14 @@ class _JsonSafeIterator(grain.DatasetIterator):
         self._parent.set_state(state | {"remainder_slices": slices})
 
 
-def _check_positive(**values: int) -> None:
+def check_positive(**values: int) -> None:
+    """Raises ValueError that names the first value which is no int of at least 1."""
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be an int of at least 1")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for what Grain does not take as a seed."""
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 31:
+        raise ValueError(f"seed={seed!r} must be an int, at least 0 and below 2**31")

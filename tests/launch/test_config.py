@@ -92,7 +92,7 @@ def test_resolve_fills_in_what_is_open():
     resolved = resolve(changed(steps=7), 300)
     assert resolved["model"]["vocab_size"] == 300
     assert resolved["optimizer"]["schedule"]["steps"] == 7
-    with pytest.raises(ConfigError, match="vocab_size=100 is smaller than the tokenizer's 300"):
+    with pytest.raises(ConfigError, match="vocab_size=100 is smaller than the data's 300"):
         resolve(changed(model__vocab_size=100), 300)
 
 
