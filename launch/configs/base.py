@@ -32,6 +32,8 @@ def get_config() -> Any:
         # steps: horizon of the schedule; None = config.steps
         "schedule": {"name": "cosine", "warmup_steps": 100, "steps": config_dict.placeholder(int)},
     }
+    # source: of text, or a task of ids ("state_tracking", "mqar"), whose tokenizer has the name "none".
+    # shuffle_rows and directory are for text.
     config.data = {
         "source": {"name": "stdlib"},
         "tokenizer": {"name": "bytes"},
