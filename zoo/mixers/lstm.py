@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from zoo.core.context import SeqContext
 from zoo.core.linear import linear
-from zoo.core.params import Spec, Tree
+from zoo.core.params import Spec, Tree, fresh
 from zoo.core.registry import check_choice
 from zoo.core.sharding import constrain
 from zoo.layers.norm import NO_DECAY
@@ -163,12 +163,9 @@ def _step(params: Tree, state: LSTMState, sums: jax.Array, config: LSTM) -> LSTM
     return LSTMState(c=c, y=y, gates=jnp.stack(values, axis=1) if config.gate_recurrence else None)
 
 
-def _where(condition: jax.Array, chosen: Any, other: LSTMState) -> LSTMState:
-    """`chosen` (a state or 0) in the rows where `condition` [B] holds."""
-    if not isinstance(chosen, LSTMState):
-        chosen = jax.tree.map(lambda leaf: jnp.full_like(leaf, chosen), other)
-    pick = lambda a, b: jnp.where(condition.reshape(-1, *(1,) * (b.ndim - 1)), a, b)  # noqa: E731
-    return jax.tree.map(pick, chosen, other)
+def _rows(condition: jax.Array, like: jax.Array) -> jax.Array:
+    """[B] with the rank of `like`."""
+    return condition.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def mix(
@@ -199,26 +196,23 @@ def mix(
         x = jnp.where(valid[..., None], x, 0)
     sums = linear(x, params["input"], "btd,dgv->btgv").astype(jnp.float32) + params["bias"].astype(jnp.float32)
     sums = constrain(sums, "batch", "time", None, "inner")
-    if state is None:
-        cells = jnp.zeros((x.shape[0], config.width), jnp.float32)
-        gates = jnp.zeros((x.shape[0], len(config.gates), config.width), jnp.float32)
-        state = LSTMState(c=cells, y=cells, gates=gates if config.gate_recurrence else None)
+    first = fresh(state_specs(config, x.shape[0], x.shape[1], x.dtype)) if state is None else state
 
     def step(old: LSTMState, token):
         sums, reset, valid = token
         if reset is not None:
-            old = _where(reset, 0.0, old)
+            old = jax.tree.map(lambda a: jnp.where(_rows(reset, a), 0.0, a), old)
         new = _step(params, old, sums, config)
         if valid is not None:
-            new = _where(valid, new, old)
+            new = jax.tree.map(lambda a, b: jnp.where(_rows(valid, a), a, b), new, old)
         return new, new.y
 
     by_time = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (sums, reset, valid))
-    state, y = jax.lax.scan(step, state, by_time)
+    last, y = jax.lax.scan(step, first, by_time)
     y = constrain(jnp.swapaxes(y, 0, 1).astype(x.dtype), "batch", "time", "inner")
     if valid is not None:
         y = jnp.where(valid[..., None], y, 0)
-    return y, state
+    return y, last
 
 
 def flops_per_token(config: LSTM, width: int, length: int) -> float:
