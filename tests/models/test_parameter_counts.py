@@ -8,7 +8,7 @@ from zoo.interop import hf_config
 from zoo.models import PRESETS
 
 ROUNDING = 0.051  # millions; figures are published to one decimal
-WITHOUT_CLASS = ("samba", "minicpm", "simple-gla", "linear-attention", "matmulfree", "xlstm-1-", "xlstm-7-", "based")
+WITHOUT_CLASS = ("samba", "minicpm", "simple-gla", "linear-attention", "matmulfree", "xlstm-1-", "xlstm-7-", "based", "hybrid")
 OF_ANOTHER_LIBRARY = ("gla", "retnet", "hgrn")  # their published figures are its classes' counts
 
 
