@@ -10,6 +10,7 @@ in use. Under a mesh without them, over which the partitioner splits arrays, `No
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,14 +75,20 @@ def run(
     supports = supports or {}
     if implementation is not None:
         _check_support(op, implementation, supports, args, static)
-        return available[implementation](*args, **static)
+        return _once(available[implementation], **static)(*args)
     choice = {
         platform: _first_supported(op, names, available, supports, args, static) for platform, names in PRIORITY.items()
     }
     if len(set(choice.values())) == 1:
-        return available[choice["cpu"]](*args, **static)
-    branches = {platform: (lambda *a, name=name: available[name](*a, **static)) for platform, name in choice.items()}
+        return _once(available[choice["cpu"]], **static)(*args)
+    branches = {platform: _once(available[name], **static) for platform, name in choice.items()}
     return jax.lax.platform_dependent(*args, default=branches.pop("cpu"), **branches)
+
+
+@functools.cache
+def _once(function: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+    """`function` with its static arguments; calls with equal shapes trace it once, whatever platforms they are for."""
+    return jax.jit(functools.partial(function, **static))
 
 
 def _check_support(op, name, supports, args, static) -> None:

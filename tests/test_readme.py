@@ -13,9 +13,10 @@ def _script(name):
     return module
 
 
-def test_table_of_presets_is_fresh():
-    text = (ROOT / "README.md").read_text()
-    assert _script("presets").updated(text) == text, "run python docs/presets.py"
+def test_architectures_and_gallery_are_fresh():
+    script, text = _script("gallery"), (ROOT / "README.md").read_text()
+    assert script.updated(text) == text, "run python docs/gallery.py"
+    assert script.GALLERY.read_text() == script.gallery(), "run python docs/gallery.py"
 
 
 def test_tables_and_pictures_of_kernels_are_fresh():
@@ -34,6 +35,6 @@ def test_commands_and_links_exist():
         assert f"launch/configs/{config}.py" in text
         assert (ROOT / "launch" / "configs" / f"{config}.py").exists()
     for target in text.split("](")[1:]:
-        path = target.split(")")[0]
+        path = target.split(")")[0].partition("#")[0]
         if not path.startswith("http"):
             assert (ROOT / path).exists(), path

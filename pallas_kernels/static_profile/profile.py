@@ -77,7 +77,10 @@ def _compile_programs(requests: list[dict[str, Any]], chip: str, root: pathlib.P
     dumps.mkdir()
     job = {"topology": CHIPS[chip].topology, "dumps": str(dumps), "requests": requests}
     (root / "requests.json").write_text(json.dumps(job))
-    flags = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true"
+    # The last pass alone: writing out all of them takes several times as long as compiling.
+    flags = (
+        f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_.*|.*dedup.*"
+    )
     environment = {**os.environ, **ENVIRONMENT, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the packages of this process, not others
     command = [sys.executable, "-m", "pallas_kernels.static_profile.worker", str(root / "requests.json")]

@@ -18,6 +18,7 @@ WITHOUT_CLASS = (
     "xlstm-7-",
     "based",
     "lstm",
+    "hybrid",
 )
 OF_ANOTHER_LIBRARY = ("gla", "retnet", "hgrn")  # their published figures are its classes' counts
 
