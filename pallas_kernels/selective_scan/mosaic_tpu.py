@@ -1,10 +1,9 @@
 """Selective scan as a TPU kernel: the forward pass, and what it shares with the backward pass.
 
-A vector register holds one state index of 1024 channels, so nothing is broadcast along sublanes and the sum over
-states needs no reduction: a token takes N exponentials and 6 N other operations, and both issue in the four slots of
-the vector unit, which bound the kernel. Tokens lie on sublanes in memory; a load with stride 8 collects the 8 x 128
-channels of one of them. B_t[n] and C_t[n] are spread over the lanes once per block of tokens, for all channels, and
-read with stride 0.
+A vector register holds eight states of 128 channels: a token takes N exponentials and 4 N other operations of the
+vector unit, which bounds the kernel. The sum over states of eight tokens is a product of the matrix unit, of the
+block-diagonal C of those tokens with their states. A token's step is a row of memory that a load repeats on all
+sublanes; B_t[n] is spread over the lanes once per block of tokens, for all channels.
 """
 
 import dataclasses
@@ -126,10 +125,10 @@ def flags(reset, valid, length: int, p: Plan):
     return tuple(None if v is None else jnp.pad(v, ((0, 0), (0, p.time - v.shape[1]))) for v in (reset, valid))
 
 
-def token_maps(B, C, reset, valid, p: Plan, tokens: int) -> jax.Array:
-    """float32 [B, T / tokens, rows, tokens]: B, C, then (not reset, valid) when either is given."""
-    batch = B.shape[0]
-    rows = [pad_tokens(v.astype(jnp.float32), p, channels=False) for v in (B, C)]
+def token_maps(given, reset, valid, p: Plan, tokens: int) -> jax.Array:
+    """float32 [B, T / tokens, rows, tokens]: the [B, T, N] given, then (not reset, valid) when either is given."""
+    batch = given[0].shape[0]
+    rows = [pad_tokens(v.astype(jnp.float32), p, channels=False) for v in given]
     if valid is not None:
         rows = [jnp.where(valid[..., None], v, 0.0) for v in rows]
     if reset is not None or valid is not None:
@@ -211,6 +210,7 @@ class Static:
 
     plan: Plan
     states: int
+    maps: int  # of N rows in the table: B, and C for the backward pass; the flags follow
     rows: int  # of the table, per token
     dt_softplus: bool
     skip: bool
@@ -227,7 +227,7 @@ class Static:
         """Which of the eight tokens of a group are valid, bool [8, 128], or None."""
         if not self.valid:
             return None
-        start = g * SUBLANES * self.rows + 2 * self.states + 1
+        start = g * SUBLANES * self.rows + self.maps * self.states + 1
         return table[pl.ds(start, SUBLANES, stride=self.rows), :] > 0.0
 
 
@@ -236,10 +236,10 @@ def select(mask, v):
     return v if mask is None else jnp.where(mask, v, 0.0)
 
 
-def static_of(p: Plan, maps, A, D, z, dt_bias, reset, valid, dt_softplus) -> Static:
+def static_of(p: Plan, given: int, maps, A, D, z, dt_bias, reset, valid, dt_softplus) -> Static:
     """Describes a call."""
-    given = (v is not None for v in (D, z, dt_bias, reset, valid))
-    return Static(p, A.shape[1], maps.shape[-2], dt_softplus, *given)
+    options = (v is not None for v in (D, z, dt_bias, reset, valid))
+    return Static(p, A.shape[1], given, maps.shape[-2], dt_softplus, *options)
 
 
 def bounce_shape(p: Plan, states: int) -> tuple[int, int]:
@@ -306,7 +306,7 @@ def _kernel(*refs, s: Static, carried: bool, save: bool):
             for i, j in enumerate(some):
                 row = pl.ds(j * SUBLANES + r, 1)
                 if s.reset:
-                    kept = jnp.broadcast_to(table[pl.ds(start + 2 * n, 1), :], (n, LANES))
+                    kept = jnp.broadcast_to(table[pl.ds(start + s.maps * n, 1), :], (n, LANES))
                     h[i] = jnp.where(kept > 0.0, h[i], 0.0)
                 dt = jnp.broadcast_to(steps[buffer, row, :], (n, LANES))
                 u = jnp.broadcast_to(inputs[buffer, row, :], (n, LANES))
@@ -388,8 +388,8 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
     p = plan(length, channels, chunk_size)
     tokens = p.chunk * p.block_chunks
     reset, valid = flags(reset, valid, length, p)
-    maps = token_maps(B, C, reset, valid, p, tokens)
-    s = static_of(p, maps, A, D, z, dt_bias, reset, valid, dt_softplus)
+    maps = token_maps((B,), reset, valid, p, tokens)
+    s = static_of(p, 1, maps, A, D, z, dt_bias, reset, valid, dt_softplus)
     by_channel = pl.BlockSpec((1, tokens, p.width), lambda b, t, d: (b, t, d))
     whole = (p.blocks, states, p.width)
     state_spec = pl.BlockSpec((1, *whole), lambda b, t, d: (b, 0, 0, 0))
