@@ -260,14 +260,6 @@ def bounce_tiles(states: int, tiles: int):
             yield pl.ds((n // SUBLANES * tiles + j) * SUBLANES, rows), pl.ds(n, rows), lanes(j)
 
 
-def write_state(h_ref, d, bounce, out_ref, index, s: Static) -> None:
-    """Writes h [N, tiles, 128] to out[0, index] [N, width], through memory: stores with stride, loads without."""
-    for n in range(s.states):
-        bounce[bounce_row(n, s.plan.tiles), :] = h_ref[d, n]
-    for rows, states, columns in bounce_tiles(s.states, s.plan.tiles):
-        out_ref[0, index, states, columns] = bounce[rows, :]
-
-
 def _kernel(*refs, s: Static, carried: bool, save: bool):
     p, tiles, n = s.plan, s.plan.tiles, s.states
     refs = list(refs)
@@ -344,7 +336,7 @@ def _kernel(*refs, s: Static, carried: bool, save: bool):
             some = range(first, min(first + TOGETHER, tiles))
             for j in some:
                 prepare(following, j, 1 - buffer)
-            for j, y in zip(some, recur(g, some, buffer)):
+            for j, y in zip(some, recur(g, some, buffer), strict=True):
                 finish(g, j, y)
 
     for j in range(tiles):
