@@ -328,7 +328,7 @@ def _kernel(*refs, s: Static, carried: bool, save: bool):
             index, within = (f(g, p.chunk // SUBLANES) for f in (jax.lax.div, jax.lax.rem))
 
             @pl.when(within == 0)
-            def _():
+            def _(boundaries_ref=boundaries_ref):
                 boundaries_ref[0, index] = h_ref[d]
 
         following = jnp.minimum(g + 1, groups - 1)
