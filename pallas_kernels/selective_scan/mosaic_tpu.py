@@ -1,10 +1,9 @@
 """Selective scan as a TPU kernel: the forward pass, and what it shares with the backward pass.
 
-A vector register holds one state index of 1024 channels, so nothing is broadcast along sublanes and the sum over
-states needs no reduction: a token takes N exponentials and 6 N other operations, and both issue in the four slots of
-the vector unit, which bound the kernel. Tokens lie on sublanes in memory; a load with stride 8 collects the 8 x 128
-channels of one of them. B_t[n] and C_t[n] are spread over the lanes once per block of tokens, for all channels, and
-read with stride 0.
+A vector register holds eight states of 128 channels: a token takes N exponentials and 4 N other operations of the
+vector unit, which bounds the kernel. The sum over states of eight tokens is a product of the matrix unit, of the
+block-diagonal C of those tokens with their states. A token's step is a row of memory that a load repeats on all
+sublanes; B_t[n] is spread over the lanes once per block of tokens, for all channels.
 """
 
 import dataclasses
@@ -24,6 +23,8 @@ from pallas_kernels.tiles import LANES
 
 SUBLANES = 8
 MAX_TOKENS = 128  # of a chunk or a block: `spread` is unrolled over them
+TOGETHER = 2  # tiles of 128 channels that share the loads of B
+SMALL = 2.0**-7  # below it softplus is a series
 PASS = 4  # tokens that go through all states together
 STATES_UNROLLED = 16  # more would only make the program longer
 VMEM_LIMIT = 64 * 2**20  # of 128 MiB; the default of 16 does not hold a long chunk's history
@@ -124,10 +125,10 @@ def flags(reset, valid, length: int, p: Plan):
     return tuple(None if v is None else jnp.pad(v, ((0, 0), (0, p.time - v.shape[1]))) for v in (reset, valid))
 
 
-def token_maps(B, C, reset, valid, p: Plan, tokens: int) -> jax.Array:
-    """float32 [B, T / tokens, rows, tokens]: B, C, then (not reset, valid) when either is given."""
-    batch = B.shape[0]
-    rows = [pad_tokens(v.astype(jnp.float32), p, channels=False) for v in (B, C)]
+def token_maps(given, reset, valid, p: Plan, tokens: int) -> jax.Array:
+    """float32 [B, T / tokens, rows, tokens]: the [B, T, N] given, then (not reset, valid) when either is given."""
+    batch = given[0].shape[0]
+    rows = [pad_tokens(v.astype(jnp.float32), p, channels=False) for v in given]
     if valid is not None:
         rows = [jnp.where(valid[..., None], v, 0.0) for v in rows]
     if reset is not None or valid is not None:
@@ -179,9 +180,10 @@ def group_tokens(g):
 def softplus(v):
     """log(1 + exp(v)), to 1e-5 of itself also where exp(v) is lost in 1 + exp(v)."""
     e = jnp.exp(-jnp.abs(v))
-    # Not by the rounding error of 1 + e: a compiler may simplify (1 + e) - 1.
-    series = e * (1.0 - e * (0.5 - e * (1.0 / 3.0)))
-    return jnp.maximum(v, 0.0) + jnp.where(e < 2.0**-7, series, jnp.log(1.0 + e))
+    # Not by the rounding error of 1 + e: a compiler may simplify (1 + e) - 1. The best line for log(1 + e) / e below
+    # 2^-7, to 2.6e-6.
+    series = e * ((1.0 - SMALL**2 / 24) - e * (0.5 - SMALL / 3))
+    return jnp.maximum(v, 0.0) + jnp.where(e < SMALL, series, jnp.log(1.0 + e))
 
 
 def silu(v):
@@ -208,6 +210,7 @@ class Static:
 
     plan: Plan
     states: int
+    maps: int  # of N rows in the table: B, and C for the backward pass; the flags follow
     rows: int  # of the table, per token
     dt_softplus: bool
     skip: bool
@@ -224,7 +227,7 @@ class Static:
         """Which of the eight tokens of a group are valid, bool [8, 128], or None."""
         if not self.valid:
             return None
-        start = g * SUBLANES * self.rows + 2 * self.states + 1
+        start = g * SUBLANES * self.rows + self.maps * self.states + 1
         return table[pl.ds(start, SUBLANES, stride=self.rows), :] > 0.0
 
 
@@ -233,10 +236,10 @@ def select(mask, v):
     return v if mask is None else jnp.where(mask, v, 0.0)
 
 
-def static_of(p: Plan, maps, A, D, z, dt_bias, reset, valid, dt_softplus) -> Static:
+def static_of(p: Plan, given: int, maps, A, D, z, dt_bias, reset, valid, dt_softplus) -> Static:
     """Describes a call."""
-    given = (v is not None for v in (D, z, dt_bias, reset, valid))
-    return Static(p, A.shape[1], maps.shape[-2], dt_softplus, *given)
+    options = (v is not None for v in (D, z, dt_bias, reset, valid))
+    return Static(p, A.shape[1], given, maps.shape[-2], dt_softplus, *options)
 
 
 def bounce_shape(p: Plan, states: int) -> tuple[int, int]:
@@ -257,23 +260,15 @@ def bounce_tiles(states: int, tiles: int):
             yield pl.ds((n // SUBLANES * tiles + j) * SUBLANES, rows), pl.ds(n, rows), lanes(j)
 
 
-def write_state(h_ref, d, bounce, out_ref, index, s: Static) -> None:
-    """Writes h [N, tiles, 128] to out[0, index] [N, width], through memory: stores with stride, loads without."""
-    for n in range(s.states):
-        bounce[bounce_row(n, s.plan.tiles), :] = h_ref[d, n]
-    for rows, states, columns in bounce_tiles(s.states, s.plan.tiles):
-        out_ref[0, index, states, columns] = bounce[rows, :]
-
-
 def _kernel(*refs, s: Static, carried: bool, save: bool):
-    p, tiles = s.plan, s.plan.tiles
+    p, tiles, n = s.plan, s.plan.tiles, s.states
     refs = list(refs)
-    x_ref, dt_ref, maps_ref, A_ref, vectors_ref = (refs.pop(0) for _ in range(5))
+    x_ref, dt_ref, maps_ref, C_ref, A_ref, vectors_ref = (refs.pop(0) for _ in range(6))
     z_ref = refs.pop(0) if s.gate else None
     state_ref = refs.pop(0) if carried else None
     y_ref, new_state_ref = refs.pop(0), refs.pop(0)
     boundaries_ref = refs.pop(0) if save else None
-    table, steps, inputs, outputs, h_ref, *bounce = refs
+    table, steps, inputs, h_ref = refs
     t, d = pl.program_id(1), pl.program_id(2)
 
     pl.when(d == 0)(lambda: spread(maps_ref, table))
@@ -282,71 +277,97 @@ def _kernel(*refs, s: Static, carried: bool, save: bool):
     def _():
         h_ref[d] = jnp.zeros(h_ref.shape[1:], jnp.float32) if state_ref is None else state_ref[0, d]
 
-    def prepare(g):
+    def prepare(g, j, buffer):
         tokens = group_tokens(g)
         mask = s.valid_tile(table, g)
-        for j in range(tiles):
-            step = dt_ref[0, tokens, lanes(j)].astype(jnp.float32)
-            if s.bias:
-                step = step + vectors_ref[1:2, lanes(j)]
-            if s.dt_softplus:
-                step = softplus(step)
-            step = select(mask, step)
-            steps[tile_rows(j), :] = step
-            inputs[tile_rows(j), :] = step * select(mask, x_ref[0, tokens, lanes(j)].astype(jnp.float32))
+        step = dt_ref[0, tokens, lanes(j)].astype(jnp.float32)
+        if s.bias:
+            step = step + vectors_ref[1:2, lanes(j)]
+        if s.dt_softplus:
+            step = softplus(step)
+        step = select(mask, step)
+        steps[buffer, tile_rows(j), :] = step
+        inputs[buffer, tile_rows(j), :] = step * select(mask, x_ref[0, tokens, lanes(j)].astype(jnp.float32))
 
-    def recur(g, dt, u):
-        shape = (tiles, LANES)
-        entry = functools.partial(s.map_row, table, shape=shape)
+    def recur(g, some, buffer):
+        h = [h_ref[d, :, lanes(j)] for j in some]
+        history = [[] for _ in some]
+        for r in range(SUBLANES):
+            start = (g * SUBLANES + r) * s.rows
+            B = table[pl.ds(start, n), :]
+            for i, j in enumerate(some):
+                row = pl.ds(j * SUBLANES + r, 1)
+                if s.reset:
+                    kept = jnp.broadcast_to(table[pl.ds(start + s.maps * n, 1), :], (n, LANES))
+                    h[i] = jnp.where(kept > 0.0, h[i], 0.0)
+                dt = jnp.broadcast_to(steps[buffer, row, :], (n, LANES))
+                u = jnp.broadcast_to(inputs[buffer, row, :], (n, LANES))
+                h[i] = jnp.exp2(dt * A_ref[d, :, lanes(j)]) * h[i] + u * B
+                history[i].append(h[i])
+        for i, j in enumerate(some):
+            h_ref[d, :, lanes(j)] = h[i]
+        precision = jax.lax.Precision.HIGHEST if y_ref.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+        C = C_ref[0, group_tokens(g), :].astype(jnp.float32)
+        return [
+            jnp.dot(C, jnp.concatenate(v), precision=precision, preferred_element_type=jnp.float32) for v in history
+        ]
 
-        for rows in p.passes:
-
-            def state(n, y, rows=rows):
-                a, h, y = A_ref[d, n], h_ref[d, n], list(y)
-                for i, r in enumerate(rows):
-                    token = g * SUBLANES + r
-                    if s.reset:
-                        h = jnp.where(entry(token, 2 * s.states) > 0.0, h, 0.0)
-                    h = jnp.exp2(dt[r] * a) * h + u[r] * entry(token, n)
-                    y[i] = y[i] + h * entry(token, s.states + n)
-                h_ref[d, n] = h
-                return tuple(y)
-
-            y = for_states(s.states, state, (jnp.zeros(shape, jnp.float32),) * len(rows))
-            for i, r in enumerate(rows):
-                outputs[token_row(r, tiles), :] = y[i]
-
-    def finish(g):
+    def finish(g, j, y):
         tokens = group_tokens(g)
         mask = s.valid_tile(table, g)
-        for j in range(tiles):
-            y = outputs[tile_rows(j), :]
-            if s.skip:
-                y = y + vectors_ref[0:1, lanes(j)] * x_ref[0, tokens, lanes(j)].astype(jnp.float32)
-            if z_ref is not None:
-                y = y * silu(z_ref[0, tokens, lanes(j)].astype(jnp.float32))
-            y_ref[0, tokens, lanes(j)] = select(mask, y).astype(y_ref.dtype)
+        if s.skip:
+            y = y + vectors_ref[0:1, lanes(j)] * x_ref[0, tokens, lanes(j)].astype(jnp.float32)
+        if z_ref is not None:
+            y = y * silu(z_ref[0, tokens, lanes(j)].astype(jnp.float32))
+        y_ref[0, tokens, lanes(j)] = select(mask, y).astype(y_ref.dtype)
 
-    # The recurrence of a group is latency enough to hide what comes before and after it: the group that follows is
-    # prepared and the one before is finished meanwhile. What is computed for a group too many is overwritten.
     groups = p.block_chunks * p.chunk // SUBLANES
-    prepare(0)
 
-    @functools.partial(jax.lax.fori_loop, 0, groups, init_val=None)
-    def _(g, _):
+    def group(g, buffer):
         if boundaries_ref is not None:
             index, within = (f(g, p.chunk // SUBLANES) for f in (jax.lax.div, jax.lax.rem))
-            pl.when(within == 0)(lambda: write_state(h_ref, d, bounce[0], boundaries_ref, index, s))
-        dt, u = ([v[token_row(r, tiles), :] for r in range(p.rows)] for v in (steps, inputs))
-        finish(jnp.maximum(g - 1, 0))
-        prepare(jnp.minimum(g + 1, groups - 1))
-        recur(g, dt, u)
 
-    finish(groups - 1)
+            @pl.when(within == 0)
+            def _(boundaries_ref=boundaries_ref):
+                boundaries_ref[0, index] = h_ref[d]
+
+        following = jnp.minimum(g + 1, groups - 1)
+        for first in range(0, tiles, TOGETHER):
+            some = range(first, min(first + TOGETHER, tiles))
+            for j in some:
+                prepare(following, j, 1 - buffer)
+            for j, y in zip(some, recur(g, some, buffer), strict=True):
+                finish(g, j, y)
+
+    for j in range(tiles):
+        prepare(0, j, 0)
+
+    @functools.partial(jax.lax.fori_loop, 0, groups // 2, init_val=None)
+    def _(i, _):
+        group(2 * i, 0)
+        group(2 * i + 1, 1)
+
+    if groups % 2:
+        group(groups - 1, 0)
 
     @pl.when(t == pl.num_programs(1) - 1)
     def _():
         new_state_ref[0, d] = h_ref[d]
+
+
+def by_block(v, p):
+    """[..., Di, N] -> float32 [..., blocks, N, width]."""
+    v = by_state(v, p)
+    return v.reshape(*v.shape[:-2], p.width)
+
+
+def diagonal(C, valid, p, dtype):
+    """[B, T, 8 N]: the row of token t holds C_t at the place of t in its group of eight."""
+    C = pad_tokens(C.astype(dtype), p, channels=False)
+    if valid is not None:
+        C = jnp.where(valid[..., None], C, 0)
+    own = jnp.arange(SUBLANES) == (jnp.arange(p.time) % SUBLANES)[:, None]
+    return jnp.where(own[None, :, :, None], C[:, :, None, :], 0).reshape(*C.shape[:2], -1)
 
 
 def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: bool, chunk_size: int, save: bool):
@@ -359,43 +380,44 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
     p = plan(length, channels, chunk_size)
     tokens = p.chunk * p.block_chunks
     reset, valid = flags(reset, valid, length, p)
-    maps = token_maps(B, C, reset, valid, p, tokens)
-    s = static_of(p, maps, A, D, z, dt_bias, reset, valid, dt_softplus)
+    maps = token_maps((B,), reset, valid, p, tokens)
+    s = static_of(p, 1, maps, A, D, z, dt_bias, reset, valid, dt_softplus)
     by_channel = pl.BlockSpec((1, tokens, p.width), lambda b, t, d: (b, t, d))
-    whole = (p.blocks, states, p.tiles, LANES)
-    state_spec = pl.BlockSpec((1, *whole), lambda b, t, d: (b, 0, 0, 0, 0))
+    whole = (p.blocks, states, p.width)
+    state_spec = pl.BlockSpec((1, *whole), lambda b, t, d: (b, 0, 0, 0))
     arrays: list[Any] = [
         pad_tokens(x, p),
         pad_tokens(dt, p),
         maps,
-        by_state(A, p) / math.log(2),
+        diagonal(C, valid, p, x.dtype),
+        by_block(A, p) / math.log(2),
         vectors(D, dt_bias, p),
     ]
     specs = [
         by_channel,
         by_channel,
         pl.BlockSpec((1, 1, s.rows, tokens), lambda b, t, d: (b, t, 0, 0)),
-        pl.BlockSpec(whole, lambda b, t, d: (0, 0, 0, 0)),
+        pl.BlockSpec((1, tokens, SUBLANES * states), lambda b, t, d: (b, t, 0)),
+        pl.BlockSpec(whole, lambda b, t, d: (0, 0, 0)),
         pl.BlockSpec((2, p.width), lambda b, t, d: (0, d)),
     ]
     if z is not None:
         arrays.append(pad_tokens(z, p))
         specs.append(by_channel)
     if state is not None:
-        arrays.append(by_state(state, p))
+        arrays.append(by_block(state, p))
         specs.append(state_spec)
     out_shape = [
         jax.ShapeDtypeStruct((batch, p.time, p.channels), x.dtype),
         jax.ShapeDtypeStruct((batch, *whole), jnp.float32),
     ]
     out_specs = [by_channel, state_spec]
-    group = (p.tiles * SUBLANES, LANES)
-    scratch = [pltpu.VMEM((tokens * s.rows, LANES), jnp.float32), *[pltpu.VMEM(group, jnp.float32)] * 3]
+    group = (2, p.tiles * SUBLANES, LANES)
+    scratch = [pltpu.VMEM((tokens * s.rows, LANES), jnp.float32), *[pltpu.VMEM(group, jnp.float32)] * 2]
     scratch.append(pltpu.VMEM(whole, jnp.float32))
     if save:
         out_shape.append(jax.ShapeDtypeStruct((batch, p.chunks, states, p.channels), jnp.float32))
         out_specs.append(pl.BlockSpec((1, p.block_chunks, states, p.width), lambda b, t, d: (b, t, 0, d)))
-        scratch.append(pltpu.VMEM(bounce_shape(p, states), jnp.float32))
     y, new_state, *boundaries = pl.pallas_call(
         functools.partial(_kernel, s=s, carried=state is not None, save=save),
         grid=(batch, p.chunks // p.block_chunks, p.blocks),
@@ -411,6 +433,6 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
     )(*arrays)
     return (
         y[:, :length, :channels],
-        from_by_state(new_state, channels),
+        from_by_state(new_state.reshape(*new_state.shape[:-1], p.tiles, LANES), channels),
         boundaries[0][..., :channels] if save else None,
     )

@@ -252,8 +252,8 @@ def backward(
     (batch, length, channels), states = x.shape, A.shape[1]
     p = common.plan(length, channels, chunk_size)
     reset, valid = common.flags(reset, valid, length, p)
-    maps = common.token_maps(B, C, reset, valid, p, p.chunk)
-    s = common.static_of(p, maps, A, D, z, dt_bias, reset, valid, dt_softplus)
+    maps = common.token_maps((B, C), reset, valid, p, p.chunk)
+    s = common.static_of(p, 2, maps, A, D, z, dt_bias, reset, valid, dt_softplus)
     last = p.chunks - 1
 
     def token_spec(*block):
