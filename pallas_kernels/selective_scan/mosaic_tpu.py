@@ -2,8 +2,11 @@
 
 A vector register holds eight states of 128 channels: a token takes N exponentials and 4 N other operations of the
 vector unit, which bounds the kernel. The sum over states of eight tokens is a product of the matrix unit, of the
-block-diagonal C of those tokens with their states. A token's step is a row of memory that a load repeats on all
-sublanes; B_t[n] is spread over the lanes once per block of tokens, for all channels.
+block-diagonal C of those tokens with their states, which it rounds to bfloat16 unless an array of tokens is in float32.
+(As a product the input's term u B would stream a row per state, more than the unit has time for.) A token's step is a
+row of memory that a load repeats on all sublanes; B_t[n] is spread over the lanes once per block of tokens, for all
+channels. The block-diagonal zeros are multiplied: a state that is not finite reaches the other seven tokens of its
+group in the same channel.
 """
 
 import dataclasses

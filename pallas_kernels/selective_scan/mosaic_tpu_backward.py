@@ -148,6 +148,7 @@ def _kernel(*refs, s: Static):
         if s.skip:
             y = y + vectors_ref[0:1, lanes(j)] * x
         dz = dy * y * (sigmoid + silu * (1.0 - sigmoid))
+        dz = select(s.valid_tile(table, at), dz)
         dz_ref[0, common.group_tokens(at), lanes(j)] = dz.astype(dz_ref.dtype)
 
     def adjoint(at, g, j):
