@@ -197,17 +197,14 @@ def spread(maps_ref, table, tokens: int, s) -> None:
     """Writes table[t * rows + i] = maps[i, t] in every lane."""
 
     def write(t, v):
-        """Takes the rows of a token, or of all its numbers halves of 32 bits each."""
-        start = t * s.rows if isinstance(t, int) else pl.multiple_of(t * s.rows, SUBLANES)
-        for k, part in enumerate(v):
-            table[pl.ds(start + k * part.shape[0], part.shape[0]), :] = part
+        table[pl.ds(pl.multiple_of(t * s.rows, SUBLANES), s.rows), :] = v
 
     def numbers(maps):
         """float32 of the words that `token_maps` makes."""
         if s.exact:
-            return [maps]
+            return maps
         halves = maps << 16, maps & jnp.int32(-(1 << 16))
-        return [jax.lax.bitcast_convert_type(v, jnp.float32) for v in halves]
+        return jnp.concatenate([jax.lax.bitcast_convert_type(v, jnp.float32) for v in halves])
 
     def permuted(maps, lane):
         return numbers(jnp.broadcast_to(maps[:, lane : lane + 1], (maps.shape[0], LANES)))
@@ -223,12 +220,12 @@ def spread(maps_ref, table, tokens: int, s) -> None:
             others = [] if s.exact else list(range(1, LANES, 2))
             for start, v in zip(starts, maps, strict=True):
                 if others:
-                    v = jnp.concatenate(numbers(v))
+                    v = numbers(v)
                     lane = jax.lax.broadcasted_iota(jnp.int32, v.shape, 1)
                     own = jnp.concatenate([jnp.where(lane == t, v, 0.0) for t in others])
                     v = s.product(own, jnp.ones((LANES, LANES), jnp.float32))
                 for k, t in enumerate(others):
-                    write(start + t, [v[k * s.rows : (k + 1) * s.rows]])
+                    write(start + t, v[k * s.rows : (k + 1) * s.rows])
             for t in range(LANES):
                 if t not in others:
                     for start, v in zip(starts, maps, strict=True):
@@ -326,7 +323,8 @@ def is_exact(*arrays) -> bool:
 def static_of(p: Plan, given: int, maps, A, D, z, dt_bias, reset, valid, dt_softplus, exact) -> Static:
     """Describes a call."""
     options = (v is not None for v in (D, z, dt_bias, reset, valid))
-    return Static(p, padded(A.shape[1]), given, maps.shape[-2] * (1 if exact else 2), dt_softplus, *options, exact)
+    rows = maps.shape[-2] * (1 if exact else 2)
+    return Static(p, padded(A.shape[1]), given, rows, dt_softplus, *options, exact=exact)
 
 
 def _kernel(*refs, s: Static, carried: bool, save: bool):
@@ -477,9 +475,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
         jax.ShapeDtypeStruct((batch, *whole), jnp.float32),
     ]
     out_specs = [by_channel, state_spec]
-    group = (2, p.tiles * SUBLANES, LANES)
-    shapes = [(tokens * s.rows, LANES), group, group, group, whole]
-    scratch = [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
+    shapes = [(tokens * s.rows, LANES), *[(2, p.tiles * SUBLANES, LANES)] * 3, whole]
     if save:
         out_shape.append(jax.ShapeDtypeStruct((batch, p.chunks, states, p.channels), jnp.float32))
         out_specs.append(pl.BlockSpec((1, p.block_chunks, states, p.width), lambda b, t, d: (b, t, 0, d)))
@@ -489,7 +485,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
         in_specs=specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=scratch,
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
