@@ -1,10 +1,12 @@
 """Selective scan as a TPU kernel: the forward pass, and what it shares with the backward pass.
 
-A vector register holds one state index of 1024 channels, so nothing is broadcast along sublanes and the sum over
-states needs no reduction: a token takes N exponentials and 6 N other operations, and both issue in the four slots of
-the vector unit, which bound the kernel. Tokens lie on sublanes in memory; a load with stride 8 collects the 8 x 128
-channels of one of them. B_t[n] and C_t[n] are spread over the lanes once per block of tokens, for all channels, and
-read with stride 0.
+A vector register holds eight states of 128 channels: a token takes N exponentials and 4 N other operations of the
+vector unit, which bounds the kernel. The sum over states of eight tokens is a product of the matrix unit, of the
+block-diagonal C of those tokens with their states, which it rounds to bfloat16 unless an array of tokens is in float32.
+(As a product the input's term u B would stream a row per state, more than the unit has time for.) A token's step is a
+row of memory that a load repeats on all sublanes; B_t[n] is spread over the lanes once per block of tokens, for all
+channels. The block-diagonal zeros are multiplied: a state that is not finite reaches the other seven tokens of its
+group in the same channel.
 """
 
 import dataclasses
@@ -23,9 +25,13 @@ from pallas_kernels.selective_scan import xla
 from pallas_kernels.tiles import LANES
 
 SUBLANES = 8
-MAX_TOKENS = 128  # of a chunk or a block: `spread` is unrolled over them
-PASS = 4  # tokens that go through all states together
-STATES_UNROLLED = 16  # more would only make the program longer
+MAX_TOKENS = 128  # of a chunk, and of a block of the backward pass
+BLOCK_TOKENS = 1024  # of the forward pass
+MAX_TABLE = 2**23  # bytes that B, spread over the lanes, takes
+SMALL = 2.0**-7  # below it softplus is a series
+PART = 16  # states that are run together: those of eight tokens fill the matrix unit
+UNROLL = 4  # groups of eight tokens: a loop takes about 60 cycles to fill and drain; more do not fit the registers
+STATES_UNROLLED = 32  # more would only make the program longer
 VMEM_LIMIT = 64 * 2**20  # of 128 MiB; the default of 16 does not hold a long chunk's history
 
 
@@ -35,7 +41,7 @@ class Plan:
 
     chunk: int  # tokens between saved states
     chunks: int
-    block_chunks: int  # chunks of a forward block
+    block_chunks: int  # chunks of a block
     rows: int  # tokens that are run of a group of eight
     channels: int  # padded to whole lanes
     tiles: int  # of 128 channels in a block
@@ -49,11 +55,6 @@ class Plan:
     def width(self) -> int:
         """Channels of a block."""
         return self.tiles * LANES
-
-    @property
-    def passes(self) -> list[range]:
-        """The tokens of a group that go through all states together: what belongs to them stays in registers."""
-        return [range(r, min(r + PASS, self.rows)) for r in range(0, self.rows, PASS)]
 
     @property
     def blocks(self) -> int:
@@ -73,6 +74,13 @@ def plan(length: int, channels: int, chunk_size: int) -> Plan:
     channels = -(-channels // LANES) * LANES
     block_chunks = max(k for k in range(1, chunks + 1) if chunks % k == 0 and (k == 1 or k * chunk <= MAX_TOKENS))
     return Plan(chunk, chunks, block_chunks, min(SUBLANES, length), channels, min(SUBLANES, channels // LANES))
+
+
+def blocked(p: Plan, rows: int, limit: int) -> Plan:
+    """The same plan in blocks of at most `limit` tokens whose table of `rows` per token is not too large."""
+    limit = min(limit, MAX_TABLE // (4 * LANES * rows))
+    fits = (k for k in range(1, p.chunks + 1) if p.chunks % k == 0 and k * p.chunk <= limit)
+    return dataclasses.replace(p, block_chunks=max(fits, default=1))
 
 
 def supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *rest, dt_softplus, chunk_size, save=False) -> None:
@@ -102,19 +110,38 @@ def pad_tokens(v: jax.Array, p: Plan, channels: bool = True) -> jax.Array:
     return jnp.pad(v, widths) if any(map(sum, widths)) else v
 
 
-def by_state(v: jax.Array, p: Plan) -> jax.Array:
-    """[..., Di, N] -> float32 [..., blocks, N, tiles, 128]."""
-    v = jnp.swapaxes(v.astype(jnp.float32), -1, -2)
+def padded(states: int) -> int:
+    """States in whole parts; those in addition stay zero."""
+    part = SUBLANES if states <= SUBLANES else PART
+    return -(-states // part) * part
+
+
+def pad_states(v):
+    """[..., N] with zeros up to whole parts."""
+    return jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, padded(v.shape[-1]) - v.shape[-1])])
+
+
+def by_block(v, p):
+    """[..., Di, N] -> float32 [..., blocks, padded N, width]."""
+    v = jnp.swapaxes(pad_states(v.astype(jnp.float32)), -1, -2)
     pad = [(0, 0)] * (v.ndim - 1) + [(0, p.blocks * p.width - v.shape[-1])]
-    v = jnp.pad(v, pad).reshape(*v.shape[:-1], p.blocks, p.tiles, LANES)
-    return jnp.moveaxis(v, -3, -4)
+    return jnp.moveaxis(jnp.pad(v, pad).reshape(*v.shape[:-1], p.blocks, p.width), -2, -3)
 
 
-def from_by_state(v: jax.Array, channels: int) -> jax.Array:
-    """The inverse of `by_state`."""
-    v = jnp.moveaxis(v, -4, -3)
-    v = v.reshape(*v.shape[:-3], -1)[..., :channels]
-    return jnp.swapaxes(v, -1, -2)
+def from_by_block(v, channels: int, states: int):
+    """The inverse of `by_block`."""
+    v = jnp.moveaxis(v, -3, -2)
+    return jnp.swapaxes(v.reshape(*v.shape[:-2], -1)[..., :states, :channels], -1, -2)
+
+
+def diagonal(v, valid, p):
+    """[B, T, parts, 8, part] by rows: that of token t holds v_t [N] at the place of t in its group of eight."""
+    v = pad_tokens(pad_states(v), p, channels=False)
+    if valid is not None:
+        v = jnp.where(valid[..., None], v, 0)
+    own = jnp.arange(SUBLANES) == (jnp.arange(p.time) % SUBLANES)[:, None]
+    parts = v.reshape(*v.shape[:2], -1, 1, min(v.shape[-1], PART))
+    return jnp.where(own[:, None, :, None], parts, 0).reshape(*v.shape[:2], -1)
 
 
 def flags(reset, valid, length: int, p: Plan):
@@ -124,18 +151,26 @@ def flags(reset, valid, length: int, p: Plan):
     return tuple(None if v is None else jnp.pad(v, ((0, 0), (0, p.time - v.shape[1]))) for v in (reset, valid))
 
 
-def token_maps(B, C, reset, valid, p: Plan, tokens: int) -> jax.Array:
-    """float32 [B, T / tokens, rows, tokens]: B, C, then (not reset, valid) when either is given."""
-    batch = B.shape[0]
-    rows = [pad_tokens(v.astype(jnp.float32), p, channels=False) for v in (B, C)]
+def token_maps(given, reset, valid, p: Plan, tokens: int, exact: bool) -> jax.Array:
+    """[B, T / tokens, rows, tokens up to whole lanes]: the [B, T, N] given, then (not reset, valid) if either is there.
+
+    In float32, or, unless `exact`, two bfloat16 in an int32: rows i and i + rows / 2.
+    """
+    batch = given[0].shape[0]
+    rows = [pad_tokens(pad_states(v.astype(jnp.float32)), p, channels=False) for v in given]
     if valid is not None:
         rows = [jnp.where(valid[..., None], v, 0.0) for v in rows]
     if reset is not None or valid is not None:
         kept = (~reset if reset is not None else True, valid if valid is not None else True)
         rows += [jnp.broadcast_to(v, (batch, p.time)).astype(jnp.float32)[..., None] for v in kept]
     maps = jnp.concatenate(rows, axis=-1)
-    maps = jnp.pad(maps, ((0, 0), (0, 0), (0, -maps.shape[-1] % SUBLANES)))
-    return jnp.swapaxes(maps.reshape(batch, p.time // tokens, tokens, -1), -1, -2)
+    maps = jnp.pad(maps, ((0, 0), (0, 0), (0, -maps.shape[-1] % (SUBLANES if exact else 2 * SUBLANES))))
+    if not exact:
+        bits = jax.lax.bitcast_convert_type(maps.astype(jnp.bfloat16), jnp.uint16).astype(jnp.int32)
+        low, high = jnp.split(bits, 2, axis=-1)
+        maps = low | (high << 16)
+    maps = jnp.swapaxes(maps.reshape(batch, p.time // tokens, tokens, -1), -1, -2)
+    return jnp.pad(maps, ((0, 0), (0, 0), (0, 0), (0, -tokens % LANES)))
 
 
 def vectors(D, dt_bias, p: Plan) -> jax.Array:
@@ -153,22 +188,57 @@ def tile_rows(j: int):
     return pl.ds(j * SUBLANES, SUBLANES)
 
 
-def token_row(r: int, tiles: int):
-    """Where all channels of the r-th token lie in a group of the scratch arrays."""
-    return pl.ds(r, tiles, stride=SUBLANES) if tiles > 1 else pl.ds(r, 1)
-
-
 def lanes(j: int):
     """The j-th 128 channels of a block."""
     return pl.ds(j * LANES, LANES)
 
 
-def spread(maps_ref, table) -> None:
+def spread(maps_ref, table, tokens: int, s) -> None:
     """Writes table[t * rows + i] = maps[i, t] in every lane."""
-    rows, tokens = maps_ref.shape[-2:]
-    maps = maps_ref[0, 0]
-    for t in range(tokens):
-        table[pl.ds(t * rows, rows), :] = jnp.broadcast_to(maps[:, t : t + 1], (rows, LANES))
+
+    def write(t, v):
+        table[pl.ds(pl.multiple_of(t * s.rows, SUBLANES), s.rows), :] = v
+
+    def numbers(maps):
+        """float32 of the words that `token_maps` makes."""
+        if s.exact:
+            return maps
+        halves = maps << 16, maps & jnp.int32(-(1 << 16))
+        return jnp.concatenate([jax.lax.bitcast_convert_type(v, jnp.float32) for v in halves])
+
+    def permuted(maps, lane):
+        return numbers(jnp.broadcast_to(maps[:, lane : lane + 1], (maps.shape[0], LANES)))
+
+    if tokens % LANES == 0:
+        some = 4 if tokens % (4 * LANES) == 0 else 1
+
+        @functools.partial(jax.lax.fori_loop, 0, tokens // LANES // some, init_val=None)
+        def _(i, _):
+            starts = [pl.multiple_of((i * some + k) * LANES, LANES) for k in range(some)]
+            maps = [maps_ref[0, 0, :, pl.ds(start, LANES)] for start in starts]
+            # Permuted lanes come at two thirds of the rate of stores; the matrix unit can spread a lane as well.
+            others = [] if s.exact else list(range(1, LANES, 2))
+            for start, v in zip(starts, maps, strict=True):
+                if others:
+                    v = numbers(v)
+                    lane = jax.lax.broadcasted_iota(jnp.int32, v.shape, 1)
+                    own = jnp.concatenate([jnp.where(lane == t, v, 0.0) for t in others])
+                    v = s.product(own, jnp.ones((LANES, LANES), jnp.float32))
+                for k, t in enumerate(others):
+                    write(start + t, v[k * s.rows : (k + 1) * s.rows])
+            for t in range(LANES):
+                if t not in others:
+                    for start, v in zip(starts, maps, strict=True):
+                        write(start + t, permuted(v, t))
+    else:
+
+        @functools.partial(jax.lax.fori_loop, 0, tokens // SUBLANES, init_val=None)
+        def _(g, _):
+            whole, within = (f(g, LANES // SUBLANES) for f in (jax.lax.div, jax.lax.rem))
+            maps = maps_ref[0, 0, :, pl.ds(pl.multiple_of(whole * LANES, LANES), LANES)]
+            maps = pltpu.roll(maps, LANES - within * SUBLANES, 1)
+            for t in range(SUBLANES):
+                write(g * SUBLANES + t, permuted(maps, t))
 
 
 def group_tokens(g):
@@ -176,12 +246,17 @@ def group_tokens(g):
     return pl.ds(g * SUBLANES if isinstance(g, int) else pl.multiple_of(g * SUBLANES, SUBLANES), SUBLANES)
 
 
-def softplus(v):
-    """log(1 + exp(v)), to 1e-5 of itself also where exp(v) is lost in 1 + exp(v)."""
+def softplus(v, exact: bool = True):
+    """log(1 + exp(v)), to 1e-5 of itself also where exp(v) is lost in 1 + exp(v); or else to 4e-4, in half the work."""
+    if not exact:
+        # Rounded up, 1 + e gives too large a logarithm at most; e itself is one too, and the better where e is small.
+        e = jnp.exp(jnp.minimum(v, 80.0))
+        return jnp.maximum(jnp.minimum(jnp.log((1.0 + 2.0**-23) + e), e), v)
     e = jnp.exp(-jnp.abs(v))
-    # Not by the rounding error of 1 + e: a compiler may simplify (1 + e) - 1.
-    series = e * (1.0 - e * (0.5 - e * (1.0 / 3.0)))
-    return jnp.maximum(v, 0.0) + jnp.where(e < 2.0**-7, series, jnp.log(1.0 + e))
+    # Not by the rounding error of 1 + e: a compiler may simplify (1 + e) - 1. The best line for log(1 + e) / e below
+    # 2^-7, to 2.6e-6.
+    series = e * ((1.0 - SMALL**2 / 24) - e * (0.5 - SMALL / 3))
+    return jnp.maximum(v, 0.0) + jnp.where(e < SMALL, series, jnp.log(1.0 + e))
 
 
 def silu(v):
@@ -190,16 +265,13 @@ def silu(v):
     return half + half * jnp.tanh(half)
 
 
-def for_states(states: int, body, carry):
-    """Runs carry = body(n, carry) for every state index, some at a time."""
-    unroll = states if states <= STATES_UNROLLED else math.gcd(states, STATES_UNROLLED)
-
-    def step(i, carry):
-        for k in range(unroll):
-            carry = body(i * unroll + k, carry)
+def for_parts(s: "Static", body, carry):
+    """Runs carry = body(i, carry) for every part of the states, some at a time."""
+    if s.states <= STATES_UNROLLED:
+        for i in range(s.states // s.part):
+            carry = body(i, carry)
         return carry
-
-    return step(0, carry) if unroll == states else jax.lax.fori_loop(0, states // unroll, step, carry)
+    return jax.lax.fori_loop(0, s.states // s.part, body, carry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +280,7 @@ class Static:
 
     plan: Plan
     states: int
+    maps: int  # of N rows in the table: B, and C for the backward pass; the flags follow
     rows: int  # of the table, per token
     dt_softplus: bool
     skip: bool
@@ -215,17 +288,26 @@ class Static:
     bias: bool
     reset: bool
     valid: bool
+    exact: bool  # float32 throughout; otherwise products of the matrix unit may round their operands
 
-    def map_row(self, table, token, index, shape):
-        """One entry of B (index n), C (N + n) or the flags (2 N, 2 N + 1), in every lane and sublane."""
-        return jnp.broadcast_to(table[pl.ds(token * self.rows + index, 1), :], shape)
+    @property
+    def part(self) -> int:
+        """States that are run together: those of eight tokens are the weights of one product."""
+        return min(self.states, PART)
 
     def valid_tile(self, table, g):
         """Which of the eight tokens of a group are valid, bool [8, 128], or None."""
         if not self.valid:
             return None
-        start = g * SUBLANES * self.rows + 2 * self.states + 1
+        start = g * SUBLANES * self.rows + self.maps * self.states + 1
         return table[pl.ds(start, SUBLANES, stride=self.rows), :] > 0.0
+
+    def product(self, a, b, transposed: bool = False):
+        """a b, or a b^T, by the matrix unit."""
+        precision = jax.lax.Precision.HIGHEST if self.exact else jax.lax.Precision.DEFAULT
+        dims = (((1,), (1 if transposed else 0,)), ((), ()))
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def select(mask, v):
@@ -233,116 +315,117 @@ def select(mask, v):
     return v if mask is None else jnp.where(mask, v, 0.0)
 
 
-def static_of(p: Plan, maps, A, D, z, dt_bias, reset, valid, dt_softplus) -> Static:
+def is_exact(*arrays) -> bool:
+    """Whether any of the arrays of tokens is in float32: then products of the matrix unit are exact to float32."""
+    return any(v is not None and v.dtype == jnp.float32 for v in arrays)
+
+
+def static_of(p: Plan, given: int, maps, A, D, z, dt_bias, reset, valid, dt_softplus, exact) -> Static:
     """Describes a call."""
-    given = (v is not None for v in (D, z, dt_bias, reset, valid))
-    return Static(p, A.shape[1], maps.shape[-2], dt_softplus, *given)
-
-
-def bounce_shape(p: Plan, states: int) -> tuple[int, int]:
-    """Shape of the scratch array through which a state goes from one layout to another."""
-    return -(-states // SUBLANES) * p.tiles * SUBLANES, LANES
-
-
-def bounce_row(n: int, tiles: int):
-    """Where state index n lies there, for all channels of a block."""
-    return token_row(n // SUBLANES * tiles * SUBLANES + n % SUBLANES, tiles)
-
-
-def bounce_tiles(states: int, tiles: int):
-    """(rows of the bounce, states, lanes) of every tile."""
-    for n in range(0, states, SUBLANES):
-        rows = min(SUBLANES, states - n)
-        for j in range(tiles):
-            yield pl.ds((n // SUBLANES * tiles + j) * SUBLANES, rows), pl.ds(n, rows), lanes(j)
-
-
-def write_state(h_ref, d, bounce, out_ref, index, s: Static) -> None:
-    """Writes h [N, tiles, 128] to out[0, index] [N, width], through memory: stores with stride, loads without."""
-    for n in range(s.states):
-        bounce[bounce_row(n, s.plan.tiles), :] = h_ref[d, n]
-    for rows, states, columns in bounce_tiles(s.states, s.plan.tiles):
-        out_ref[0, index, states, columns] = bounce[rows, :]
+    options = (v is not None for v in (D, z, dt_bias, reset, valid))
+    rows = maps.shape[-2] * (1 if exact else 2)
+    return Static(p, padded(A.shape[1]), given, rows, dt_softplus, *options, exact=exact)
 
 
 def _kernel(*refs, s: Static, carried: bool, save: bool):
-    p, tiles = s.plan, s.plan.tiles
+    p, tiles, n = s.plan, s.plan.tiles, s.states
     refs = list(refs)
-    x_ref, dt_ref, maps_ref, A_ref, vectors_ref = (refs.pop(0) for _ in range(5))
+    x_ref, dt_ref, maps_ref, C_ref, A_ref, vectors_ref = (refs.pop(0) for _ in range(6))
     z_ref = refs.pop(0) if s.gate else None
     state_ref = refs.pop(0) if carried else None
     y_ref, new_state_ref = refs.pop(0), refs.pop(0)
     boundaries_ref = refs.pop(0) if save else None
-    table, steps, inputs, outputs, h_ref, *bounce = refs
+    table, steps, inputs, skips, h_ref = refs
     t, d = pl.program_id(1), pl.program_id(2)
-
-    pl.when(d == 0)(lambda: spread(maps_ref, table))
 
     @pl.when(t == 0)
     def _():
         h_ref[d] = jnp.zeros(h_ref.shape[1:], jnp.float32) if state_ref is None else state_ref[0, d]
 
-    def prepare(g):
-        tokens = group_tokens(g)
+    def prepare(g, j, buffer):
+        tokens, here = group_tokens(g), (buffer, tile_rows(j))
         mask = s.valid_tile(table, g)
-        for j in range(tiles):
-            step = dt_ref[0, tokens, lanes(j)].astype(jnp.float32)
-            if s.bias:
-                step = step + vectors_ref[1:2, lanes(j)]
-            if s.dt_softplus:
-                step = softplus(step)
-            step = select(mask, step)
-            steps[tile_rows(j), :] = step
-            inputs[tile_rows(j), :] = step * select(mask, x_ref[0, tokens, lanes(j)].astype(jnp.float32))
+        step = dt_ref[0, tokens, lanes(j)].astype(jnp.float32)
+        if s.bias:
+            step = step + vectors_ref[1:2, lanes(j)]
+        if s.dt_softplus:
+            step = softplus(step, s.exact)
+        step = select(mask, step)
+        x = select(mask, x_ref[0, tokens, lanes(j)].astype(jnp.float32))
+        steps[here] = step
+        inputs[here] = step * x
+        if s.skip:
+            skips[here] = vectors_ref[0:1, lanes(j)] * x
 
-    def recur(g, dt, u):
-        shape = (tiles, LANES)
-        entry = functools.partial(s.map_row, table, shape=shape)
+    def recur(g, j, buffer):
+        def part(i, y):
+            first, shape = i * s.part, (s.part, LANES)
+            states, history = pl.ds(first, s.part), []
+            h, A = h_ref[d, states, lanes(j)], A_ref[d, states, lanes(j)]
+            for r in range(SUBLANES):
+                row, start = pl.ds(j * SUBLANES + r, 1), (g * SUBLANES + r) * s.rows
+                if r >= p.rows:
+                    history.append(h)
+                    continue
+                if s.reset:
+                    kept = jnp.broadcast_to(table[pl.ds(start + s.maps * n, 1), :], shape)
+                    h = jnp.where(kept > 0.0, h, 0.0)
+                dt = jnp.broadcast_to(steps[buffer, row, :], shape)
+                u = jnp.broadcast_to(inputs[buffer, row, :], shape)
+                B = table[pl.ds(start + first, s.part), :]
+                h = jnp.exp2(dt * A) * h + u * B
+                history.append(h)
+            h_ref[d, states, lanes(j)] = h
+            C = C_ref[0, group_tokens(g), pl.ds(first * SUBLANES, s.part * SUBLANES)]
+            return y + s.product(C, jnp.concatenate(history))
 
-        for rows in p.passes:
+        return for_parts(s, part, jnp.zeros((SUBLANES, LANES), jnp.float32))
 
-            def state(n, y, rows=rows):
-                a, h, y = A_ref[d, n], h_ref[d, n], list(y)
-                for i, r in enumerate(rows):
-                    token = g * SUBLANES + r
-                    if s.reset:
-                        h = jnp.where(entry(token, 2 * s.states) > 0.0, h, 0.0)
-                    h = jnp.exp2(dt[r] * a) * h + u[r] * entry(token, n)
-                    y[i] = y[i] + h * entry(token, s.states + n)
-                h_ref[d, n] = h
-                return tuple(y)
-
-            y = for_states(s.states, state, (jnp.zeros(shape, jnp.float32),) * len(rows))
-            for i, r in enumerate(rows):
-                outputs[token_row(r, tiles), :] = y[i]
-
-    def finish(g):
+    def finish(g, j, buffer, y):
         tokens = group_tokens(g)
-        mask = s.valid_tile(table, g)
+        if s.skip:
+            y = y + skips[buffer, tile_rows(j), :]
+        if z_ref is not None:
+            y = y * silu(z_ref[0, tokens, lanes(j)].astype(jnp.float32))
+        y_ref[0, tokens, lanes(j)] = select(s.valid_tile(table, g), y).astype(y_ref.dtype)
+
+    # While a group goes through the recurrence the one that follows is prepared. What is computed for a group too many
+    # is not used.
+    groups, per_chunk = p.block_chunks * p.chunk // SUBLANES, p.chunk // SUBLANES
+
+    def keep(g, k):
+        """Writes the state before a chunk; g is k modulo UNROLL."""
+        if boundaries_ref is None:
+            return
+        index, within = (f(g, per_chunk) for f in (jax.lax.div, jax.lax.rem))
+
+        def write(boundaries_ref=boundaries_ref):
+            boundaries_ref[0, index] = h_ref[d]
+
+        if UNROLL % per_chunk == 0:
+            if k % per_chunk == 0:
+                write()
+        elif k == 0 or per_chunk % UNROLL:
+            pl.when(within == 0)(write)
+
+    def group(g, k):
+        keep(g, k)
+        buffer, after = k % 2, jnp.minimum(g + 1, groups - 1)
         for j in range(tiles):
-            y = outputs[tile_rows(j), :]
-            if s.skip:
-                y = y + vectors_ref[0:1, lanes(j)] * x_ref[0, tokens, lanes(j)].astype(jnp.float32)
-            if z_ref is not None:
-                y = y * silu(z_ref[0, tokens, lanes(j)].astype(jnp.float32))
-            y_ref[0, tokens, lanes(j)] = select(mask, y).astype(y_ref.dtype)
+            prepare(after, j, 1 - buffer)
+            finish(g, j, buffer, recur(g, j, buffer))
 
-    # The recurrence of a group is latency enough to hide what comes before and after it: the group that follows is
-    # prepared and the one before is finished meanwhile. What is computed for a group too many is overwritten.
-    groups = p.block_chunks * p.chunk // SUBLANES
-    prepare(0)
+    pl.when(d == 0)(lambda: spread(maps_ref, table, groups * SUBLANES, s))
+    for j in range(tiles):
+        prepare(0, j, 0)
 
-    @functools.partial(jax.lax.fori_loop, 0, groups, init_val=None)
-    def _(g, _):
-        if boundaries_ref is not None:
-            index, within = (f(g, p.chunk // SUBLANES) for f in (jax.lax.div, jax.lax.rem))
-            pl.when(within == 0)(lambda: write_state(h_ref, d, bounce[0], boundaries_ref, index, s))
-        dt, u = ([v[token_row(r, tiles), :] for r in range(p.rows)] for v in (steps, inputs))
-        finish(jnp.maximum(g - 1, 0))
-        prepare(jnp.minimum(g + 1, groups - 1))
-        recur(g, dt, u)
+    @functools.partial(jax.lax.fori_loop, 0, groups // UNROLL, init_val=None)
+    def _(i, _):
+        for k in range(UNROLL):
+            group(UNROLL * i + k, k)
 
-    finish(groups - 1)
+    for g in range(groups // UNROLL * UNROLL, groups):
+        group(g, g % UNROLL)
 
     @pl.when(t == pl.num_programs(1) - 1)
     def _():
@@ -355,54 +438,54 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
     if x.shape[1] == 1:  # a single token is elementwise: XLA passes over the state once, in the layout that it has
         given = (x, dt, A, B, C, D, z, dt_bias, state, reset, valid)
         return xla.forward(*given, dt_softplus=dt_softplus, chunk_size=chunk_size, save=save)
-    (batch, length, channels), states = x.shape, A.shape[1]
-    p = plan(length, channels, chunk_size)
+    (batch, length, channels), states = x.shape, padded(A.shape[1])
+    p = blocked(plan(length, channels, chunk_size), states, BLOCK_TOKENS)
     tokens = p.chunk * p.block_chunks
     reset, valid = flags(reset, valid, length, p)
-    maps = token_maps(B, C, reset, valid, p, tokens)
-    s = static_of(p, maps, A, D, z, dt_bias, reset, valid, dt_softplus)
+    exact = is_exact(x, dt, B, C, z)
+    maps = token_maps((B,), reset, valid, p, tokens, exact)
+    s = static_of(p, 1, maps, A, D, z, dt_bias, reset, valid, dt_softplus, exact)
     by_channel = pl.BlockSpec((1, tokens, p.width), lambda b, t, d: (b, t, d))
-    whole = (p.blocks, states, p.tiles, LANES)
-    state_spec = pl.BlockSpec((1, *whole), lambda b, t, d: (b, 0, 0, 0, 0))
+    whole = (p.blocks, states, p.width)
+    state_spec = pl.BlockSpec((1, *whole), lambda b, t, d: (b, 0, 0, 0))
     arrays: list[Any] = [
         pad_tokens(x, p),
         pad_tokens(dt, p),
         maps,
-        by_state(A, p) / math.log(2),
+        diagonal(C, valid, p),
+        by_block(A, p) / math.log(2),
         vectors(D, dt_bias, p),
     ]
     specs = [
         by_channel,
         by_channel,
-        pl.BlockSpec((1, 1, s.rows, tokens), lambda b, t, d: (b, t, 0, 0)),
-        pl.BlockSpec(whole, lambda b, t, d: (0, 0, 0, 0)),
+        pl.BlockSpec((1, 1, *maps.shape[2:]), lambda b, t, d: (b, t, 0, 0)),
+        pl.BlockSpec((1, tokens, SUBLANES * states), lambda b, t, d: (b, t, 0)),
+        pl.BlockSpec(whole, lambda b, t, d: (0, 0, 0)),
         pl.BlockSpec((2, p.width), lambda b, t, d: (0, d)),
     ]
     if z is not None:
         arrays.append(pad_tokens(z, p))
         specs.append(by_channel)
     if state is not None:
-        arrays.append(by_state(state, p))
+        arrays.append(by_block(state, p))
         specs.append(state_spec)
     out_shape = [
         jax.ShapeDtypeStruct((batch, p.time, p.channels), x.dtype),
         jax.ShapeDtypeStruct((batch, *whole), jnp.float32),
     ]
     out_specs = [by_channel, state_spec]
-    group = (p.tiles * SUBLANES, LANES)
-    scratch = [pltpu.VMEM((tokens * s.rows, LANES), jnp.float32), *[pltpu.VMEM(group, jnp.float32)] * 3]
-    scratch.append(pltpu.VMEM(whole, jnp.float32))
+    shapes = [(tokens * s.rows, LANES), *[(2, p.tiles * SUBLANES, LANES)] * 3, whole]
     if save:
         out_shape.append(jax.ShapeDtypeStruct((batch, p.chunks, states, p.channels), jnp.float32))
         out_specs.append(pl.BlockSpec((1, p.block_chunks, states, p.width), lambda b, t, d: (b, t, 0, d)))
-        scratch.append(pltpu.VMEM(bounce_shape(p, states), jnp.float32))
     y, new_state, *boundaries = pl.pallas_call(
         functools.partial(_kernel, s=s, carried=state is not None, save=save),
         grid=(batch, p.chunks // p.block_chunks, p.blocks),
         in_specs=specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=scratch,
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
@@ -411,6 +494,6 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
     )(*arrays)
     return (
         y[:, :length, :channels],
-        from_by_state(new_state, channels),
-        boundaries[0][..., :channels] if save else None,
+        from_by_block(new_state, channels, A.shape[1]),
+        boundaries[0][:, :, : A.shape[1], :channels] if save else None,
     )

@@ -1,10 +1,11 @@
 """Selective scan as a TPU kernel: the backward pass, one chunk at a time from the last to the first.
 
 The states of a chunk are recomputed from its boundary into VMEM; then the adjoint recurrence of
-`xla._scan_chunk_backward` runs through them. Per token and state that is 23 vector operations, the two exponentials
-included: taking exp(dt A) again is cheaper than a second store. The sums over channels that dB and dC are go through
-memory: the products of eight tokens are written, read with a stride that puts tokens on sublanes, added there, and
-only once per chunk summed over lanes.
+`xla._scan_chunk_backward` runs through them, in the layout of the forward pass: eight states of 128 channels a
+register. Every sum, over the states of a token (y, du, d(dt)) and over its channels (dB, dC), is a product of the
+matrix unit for eight tokens at once: with a block-diagonal matrix on the left for the former; for the latter all pairs
+of tokens are multiplied out and only those of a token with itself kept. What is left to the vector unit is 14
+operations per token and state, the two exponentials included: taking exp(dt A) again is cheaper than a second store.
 """
 
 import functools
@@ -19,20 +20,15 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import interpret
 from pallas_kernels.selective_scan import mosaic_tpu as common
 from pallas_kernels.selective_scan import xla
-from pallas_kernels.selective_scan.mosaic_tpu import LANES, SUBLANES, Static, for_states, lanes, select
+from pallas_kernels.selective_scan.mosaic_tpu import LANES, SUBLANES, Static, for_parts, lanes, select
 
 MAX_HISTORY = 32 * 2**20  # bytes, within common.VMEM_LIMIT
-
-
-def parts_of(tiles: int) -> int:
-    """Sums over the channels of a token are added up in as many parts: a stride over four takes two loads."""
-    return 2 if tiles % 2 == 0 else 1
+UNROLL = 4  # groups of eight tokens
 
 
 def history_bytes(p: common.Plan, states: int) -> int:
-    """VMEM that the recomputed states of one chunk, the products and their sums take."""
-    rows = (p.chunk + 1) * SUBLANES + 2 * SUBLANES * SUBLANES + 2 * p.chunk * parts_of(p.tiles)
-    return 4 * LANES * states * rows
+    """VMEM that the recomputed states of one chunk take in a block of 1024 channels."""
+    return 4 * LANES * common.padded(states) * (p.chunk + 1) * SUBLANES
 
 
 def supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *rest, dt_softplus, chunk_size) -> None:
@@ -47,24 +43,39 @@ def supports(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *rest, dt_softp
         )
 
 
+def for_groups(groups: int, body) -> None:
+    """Runs body(g) for every group of eight tokens, some at a time."""
+    unroll = max(k for k in range(1, UNROLL + 1) if groups % k == 0)
+
+    def some(i, _=None):
+        for k in range(unroll):
+            body(i * unroll + k)
+
+    some(0) if unroll == groups else jax.lax.fori_loop(0, groups // unroll, some, None)
+
+
+def own_token(s: Static):
+    """bool [8, 8 part]: where the column belongs to the token of the row."""
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, SUBLANES * s.part), axis) for axis in (0, 1))
+    return (column >= row * s.part) & (column < (row + 1) * s.part)
+
+
 def _kernel(*refs, s: Static):
-    p, tiles, states = s.plan, s.plan.tiles, s.states
-    shape = (tiles, LANES)
+    p, tiles, states, part = s.plan, s.plan.tiles, s.states, s.part
+    shape = (part, LANES)
     refs = list(refs)
-    x_ref, dt_ref, maps_ref, A_ref, vectors_ref, boundary_ref, dy_ref, dstate_ref = (refs.pop(0) for _ in range(8))
+    x_ref, dt_ref, maps_ref, B_ref, C_ref, A_ref, vectors_ref = (refs.pop(0) for _ in range(7))
+    boundary_ref, dy_ref, dstate_ref = (refs.pop(0) for _ in range(3))
     z_ref = refs.pop(0) if s.gate else None
     dx_ref, ddt_ref, dmaps_ref, dA_ref, dvectors_ref, dh_ref = (refs.pop(0) for _ in range(6))
     dz_ref = refs.pop(0) if s.gate else None
-    table, steps, inputs, cotangents, slopes, outputs, dinputs, dsteps, h_ref, bounce, *refs = refs
-    history, products, sums = refs
-    parts = parts_of(tiles)
+    table, steps, inputs, cotangents, slopes, history, sums = refs
     t, d = pl.program_id(1), pl.program_id(2)
     groups = p.chunk // SUBLANES
-    entry = functools.partial(s.map_row, table, shape=shape)
 
     @pl.when(d == 0)
     def _():
-        common.spread(maps_ref, table)
+        common.spread(maps_ref, table, p.block_chunks * p.chunk, s)
         sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
     @pl.when(t == 0)
@@ -77,152 +88,135 @@ def _kernel(*refs, s: Static):
         """Zeros in the lanes past the last channel, which sums over channels must not see."""
         return jnp.where((d * tiles + j) * LANES < p.channels, v, 0.0) if p.ragged else v
 
-    def prepare(g):
-        tokens = common.group_tokens(g)
-        mask = s.valid_tile(table, g)
-        for j in range(tiles):
-            here = (g, common.tile_rows(j))
+    def load(ref, at, j):
+        v = ref[0, common.group_tokens(at), lanes(j)].astype(jnp.float32)
+        return inside(j, select(s.valid_tile(table, at), v))
 
-            def load(ref, j=j):
-                return inside(j, select(mask, ref[0, tokens, lanes(j)].astype(jnp.float32)))
+    def row_of(scratch, g, j, r):
+        return jnp.broadcast_to(scratch[g, pl.ds(j * SUBLANES + r, 1), :], shape)
 
-            step, x, dy = load(dt_ref), load(x_ref), load(dy_ref)
-            if s.bias:
-                step = step + inside(j, vectors_ref[1:2, lanes(j)])
-            if s.dt_softplus:
-                v, step = step, common.softplus(step)
-                slopes[here] = jnp.exp(v - step)  # the sigmoid, small ones with all their digits
-            step = select(mask, step)
-            steps[here] = step
-            inputs[here] = step * x
-            cotangents[here] = dy if z_ref is None else dy * common.silu(load(z_ref))
+    def entries(at, r, index):
+        """B or C of a token, from a row of the table on, spread over the lanes."""
+        return table[pl.ds((at * SUBLANES + r) * s.rows + index, part), :]
 
-    def recompute(g, dt, u):
-        for rows in p.passes:
+    def kept(at, r):
+        """Where the state before a token counts."""
+        return jnp.broadcast_to(table[pl.ds((at * SUBLANES + r) * s.rows + 2 * states, 1), :], shape) > 0.0
 
-            def state(n, y, rows=rows):
-                a, h, y = A_ref[d, n], h_ref[n], list(y)
-                for i, r in enumerate(rows):
-                    token = g * SUBLANES + r
-                    if s.reset:
-                        h = select(entry(token, 2 * states) > 0.0, h)
-                    h = jnp.exp2(dt[r] * a) * h + u[r] * entry(token, n)
-                    history[token + 1, n] = h
-                    if s.gate:
-                        y[i] = y[i] + h * entry(token, states + n)
-                h_ref[n] = h
-                return tuple(y)
+    def diagonal(ref, at, i):
+        return ref[0, common.group_tokens(at), pl.ds(i * part * SUBLANES, part * SUBLANES)]
 
-            y = for_states(states, state, (jnp.zeros(shape, jnp.float32),) * len(rows))
-            if s.gate:
-                for i, r in enumerate(rows):
-                    outputs[common.token_row(r, tiles), :] = y[i]
+    def token_states(g, r):
+        """Where the states after the r-th token of a group lie in the history; r = -1 before the first."""
+        return pl.ds((g * SUBLANES + r + 1) * part, part)
 
-    def gate(g):
+    def recompute(at, g, j):
+        here = (g, common.tile_rows(j))
+        step, x, dy = (load(ref, at, j) for ref in (dt_ref, x_ref, dy_ref))
+        if s.bias:
+            step = step + inside(j, vectors_ref[1:2, lanes(j)])
+        if s.dt_softplus:
+            v, step = step, common.softplus(step, s.exact)
+            slopes[here] = jnp.exp(v - step)  # the sigmoid, small ones with all their digits
+        steps[here] = select(s.valid_tile(table, at), step)
+        inputs[here] = steps[here] * x
+        cotangent = dy
+        if z_ref is not None:
+            z = load(z_ref, at, j)
+            sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * z)
+            silu = z * sigmoid
+            cotangent = dy * silu
+        cotangents[here] = cotangent
+
+        def run(i, y):
+            states_of = pl.ds(i * part, part)
+            A, h = A_ref[d, states_of, lanes(j)], history[i, j, token_states(g, -1), :]
+            ran = []
+            for r in range(SUBLANES):
+                if s.reset:
+                    h = select(kept(at, r), h)
+                h = jnp.exp2(row_of(steps, g, j, r) * A) * h + row_of(inputs, g, j, r) * entries(at, r, i * part)
+                history[i, j, token_states(g, r), :] = h
+                ran.append(h)
+            ran = jnp.concatenate(ran)
+            sums[1, i, at] += s.product(cotangent, ran, transposed=True)
+            return y + s.product(diagonal(C_ref, at, i), ran) if s.gate else y
+
+        y = for_parts(s, run, jnp.zeros((SUBLANES, LANES), jnp.float32))
         if z_ref is None or dz_ref is None:
             return
-        tokens = common.group_tokens(g)
-        mask = s.valid_tile(table, g)
+        if s.skip:
+            y = y + vectors_ref[0:1, lanes(j)] * x
+        dz = dy * y * (sigmoid + silu * (1.0 - sigmoid))
+        dz = select(s.valid_tile(table, at), dz)
+        dz_ref[0, common.group_tokens(at), lanes(j)] = dz.astype(dz_ref.dtype)
+
+    def adjoint(at, g, j):
+        def run(i, carry):
+            du, ddt = carry
+            columns = (0, d, pl.ds(i * part, part), lanes(j))
+            A, dh, dA = A_ref[columns[1:]], dh_ref[columns], dA_ref[columns]
+            cotangents_of, exponents = [], []
+            for r in reversed(range(SUBLANES)):
+                dt = row_of(steps, g, j, r)
+                dh = dh + row_of(cotangents, g, j, r) * entries(at, r, states + i * part)
+                cotangents_of.insert(0, dh)
+                dh = jnp.exp2(dt * A) * dh
+                exponent = dh * history[i, j, token_states(g, r - 1), :]
+                if s.reset:
+                    dh, exponent = (select(kept(at, r), v) for v in (dh, exponent))
+                dA = dA + dt * exponent
+                exponents.insert(0, A * exponent)
+            dh_ref[columns], dA_ref[columns] = dh, dA
+            cotangent = jnp.concatenate(cotangents_of)
+            sums[0, i, at] += s.product(inputs[g, common.tile_rows(j), :], cotangent, transposed=True)
+            du = du + s.product(diagonal(B_ref, at, i), cotangent)
+            return du, ddt + s.product(own_token(s), jnp.concatenate(exponents))
+
+        zero = jnp.zeros((SUBLANES, LANES), jnp.float32)
+        du, ddt = for_parts(s, run, (zero, zero))
+        tokens, here = common.group_tokens(at), (g, common.tile_rows(j))
+        x, cotangent, mask = load(x_ref, at, j), cotangents[here], s.valid_tile(table, at)
+        dx = steps[here] * du
+        if s.skip:
+            dx = dx + vectors_ref[0:1, lanes(j)] * cotangent
+            dvectors_ref[0, d, 0, :, lanes(j)] += cotangent * x
+        ddt = math.log(2) * ddt + x * du  # A is in base two
+        if s.dt_softplus:
+            ddt = ddt * slopes[here]
+        ddt = select(mask, ddt)
+        if s.bias:
+            dvectors_ref[0, d, 1, :, lanes(j)] += ddt
+        dx_ref[0, tokens, lanes(j)] = select(mask, dx).astype(dx_ref.dtype)
+        ddt_ref[0, tokens, lanes(j)] = ddt.astype(ddt_ref.dtype)
+
+    @functools.partial(jax.lax.fori_loop, 0, p.block_chunks, init_val=None)
+    def _(k, _):
+        chunk = p.block_chunks - 1 - k
         for j in range(tiles):
-            z, dy = (ref[0, tokens, lanes(j)].astype(jnp.float32) for ref in (z_ref, dy_ref))
-            y = outputs[common.tile_rows(j), :]
-            if s.skip:
-                y = y + vectors_ref[0:1, lanes(j)] * x_ref[0, tokens, lanes(j)].astype(jnp.float32)
-            sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * z)
-            dz = dy * y * (sigmoid + z * (sigmoid - sigmoid * sigmoid))
-            dz_ref[0, tokens, lanes(j)] = select(mask, dz).astype(dz_ref.dtype)
+            for i in range(states // part):
+                boundary = boundary_ref[0, chunk, pl.ds(i * part, part), lanes(j)]
+                history[i, j, pl.ds(0, part), :] = inside(j, boundary)
 
-    def rows_of(scratch, g):
-        return [scratch[g, common.token_row(r, tiles), :] for r in range(p.rows)]
+        def forwards(g):
+            for j in range(tiles):
+                recompute(chunk * groups + g, g, j)
 
-    def add_up(i, g):
-        """Adds up products[i] over the channels of equal lane; sublanes are parts of tokens then."""
-        stride = tiles // parts
-        for part in range(parts):
-            first = part * SUBLANES * stride
-            rows = [products[i, pl.ds(first + j, SUBLANES, stride=stride), :] for j in range(stride)]
-            while len(rows) > 1:
-                rows = [sum(rows[k + 1 : k + 2], rows[k]) for k in range(0, len(rows), 2)]
-            sums[i, common.group_tokens(g * parts + part)] += rows[0]
+        def backwards(i):
+            g = groups - 1 - i
+            for j in range(tiles):
+                adjoint(chunk * groups + g, g, j)
 
-    def adjoint(g, dt, u, cotangent):
-        for rows in reversed(p.passes):
-
-            def state(n, carry, rows=rows):
-                du, ddt = (list(v) for v in carry)
-                a, dh, dA = A_ref[d, n], dh_ref[0, d, n], dA_ref[0, d, n]
-                h = history[g * SUBLANES + rows[-1] + 1, n]
-                for i, r in reversed(list(enumerate(rows))):
-                    token, here = g * SUBLANES + r, pl.ds(r * tiles, tiles)
-                    dh = dh + cotangent[r] * entry(token, states + n)
-                    du[i] = du[i] + dh * entry(token, n)
-                    products[n, here, :], products[states + n, here, :] = dh * u[r], cotangent[r] * h
-                    dh, h = jnp.exp2(dt[r] * a) * dh, history[token, n]
-                    exponent = dh * h
-                    if s.reset:
-                        keep = entry(token, 2 * states) > 0.0
-                        dh, exponent = select(keep, dh), select(keep, exponent)
-                    dA = dA + dt[r] * exponent
-                    ddt[i] = ddt[i] + a * exponent
-                dh_ref[0, d, n], dA_ref[0, d, n] = dh, dA
-                if rows[0] == 0:
-                    add_up(n, g)
-                    add_up(states + n, g)
-                return tuple(du), tuple(ddt)
-
-            zeros = (jnp.zeros(shape, jnp.float32),) * len(rows)
-            du, ddt = for_states(states, state, (zeros, zeros))
-            for i, r in enumerate(rows):
-                dinputs[common.token_row(r, tiles), :] = du[i]
-                dsteps[common.token_row(r, tiles), :] = ddt[i]
-
-    def finish(g):
-        tokens = common.group_tokens(g)
-        mask = s.valid_tile(table, g)
-        for j in range(tiles):
-            rows = common.tile_rows(j)
-            x = inside(j, select(mask, x_ref[0, tokens, lanes(j)].astype(jnp.float32)))
-            du, cotangent = dinputs[rows, :], cotangents[g, rows]
-            dx = steps[g, rows] * du
-            if s.skip:
-                dx = dx + vectors_ref[0:1, lanes(j)] * cotangent
-                dvectors_ref[0, d, 0, rows] += cotangent * x
-            ddt = math.log(2) * dsteps[rows, :] + x * du  # A is in base two
-            if s.dt_softplus:
-                ddt = ddt * slopes[g, rows]
-            ddt = select(mask, ddt)
-            if s.bias:
-                dvectors_ref[0, d, 1, rows] += ddt
-            dx_ref[0, tokens, lanes(j)] = select(mask, dx).astype(dx_ref.dtype)
-            ddt_ref[0, tokens, lanes(j)] = ddt.astype(ddt_ref.dtype)
-
-    for j, (rows, within, columns) in enumerate(common.bounce_tiles(states, tiles)):
-        bounce[rows, :] = inside(j % tiles, boundary_ref[0, 0, within, columns])
-    for n in range(states):
-        history[0, n] = h_ref[n] = bounce[common.bounce_row(n, tiles), :]
-
-    prepare(0)
-
-    @functools.partial(jax.lax.fori_loop, 0, groups, init_val=None)
-    def _(g, _):
-        dt, u = rows_of(steps, g), rows_of(inputs, g)
-        gate(jnp.maximum(g - 1, 0))
-        prepare(jnp.minimum(g + 1, groups - 1))
-        recompute(g, dt, u)
-
-    gate(groups - 1)
-
-    @functools.partial(jax.lax.fori_loop, 0, groups, init_val=None)
-    def _(i, _):
-        g = groups - 1 - i
-        adjoint(g, rows_of(steps, g), rows_of(inputs, g), rows_of(cotangents, g))
-        finish(g)
+        for_groups(groups, forwards)
+        for_groups(groups, backwards)
 
     @pl.when(d == pl.num_programs(2) - 1)
     def _():
-        for i in range(2 * states):
-            total = sum(sums[i, pl.ds(k, p.chunk, stride=parts), :] for k in range(parts))
-            dmaps_ref[0, :, i : i + 1] = jnp.sum(total, axis=1, keepdims=True)
+        for i in range(2 * (states // part)):
+            where = divmod(i, states // part)
+            for g in range(p.block_chunks * groups):
+                of_token = jnp.where(own_token(s), sums[(*where, g)], 0.0)
+                dmaps_ref[0, 0, i, g : g + 1, :] = jnp.sum(of_token, axis=0, keepdims=True)
 
 
 def backward(
@@ -249,12 +243,14 @@ def backward(
     supports(*given, dt_softplus=dt_softplus, chunk_size=chunk_size)
     if x.shape[1] == 1:
         return xla.backward(*given, boundaries, dy, dstate, dt_softplus=dt_softplus, chunk_size=chunk_size)
-    (batch, length, channels), states = x.shape, A.shape[1]
-    p = common.plan(length, channels, chunk_size)
+    (batch, length, channels), states = x.shape, common.padded(A.shape[1])
+    p = common.blocked(common.plan(length, channels, chunk_size), 2 * states, common.MAX_TOKENS)
+    tokens, last = p.chunk * p.block_chunks, p.chunks // p.block_chunks - 1
     reset, valid = common.flags(reset, valid, length, p)
-    maps = common.token_maps(B, C, reset, valid, p, p.chunk)
-    s = common.static_of(p, maps, A, D, z, dt_bias, reset, valid, dt_softplus)
-    last = p.chunks - 1
+    exact = common.is_exact(x, dt, B, C, z)
+    maps = common.token_maps((B, C), reset, valid, p, tokens, exact)
+    s = common.static_of(p, 2, maps, A, D, z, dt_bias, reset, valid, dt_softplus, exact)
+    parts, groups = states // s.part, tokens // SUBLANES
 
     def token_spec(*block):
         return pl.BlockSpec((1, *block), lambda b, t, d: (b, last - t, d))
@@ -262,28 +258,40 @@ def backward(
     def row_spec(*block):
         return pl.BlockSpec((1, *block), lambda b, t, d: (b,) + (0,) * len(block))
 
-    by_channel = token_spec(p.chunk, p.width)
-    whole = (p.blocks, states, p.tiles, LANES)
-    totals = (p.blocks, 2, p.tiles * SUBLANES, LANES)
-    boundaries = jnp.pad(boundaries, ((0, 0),) * 3 + ((0, p.channels - channels),))
-    arrays: list[Any] = [common.pad_tokens(x, p), common.pad_tokens(dt, p), maps, common.by_state(A, p) / math.log(2)]
-    arrays += [common.vectors(D, dt_bias, p), boundaries, common.pad_tokens(dy, p), common.by_state(dstate, p)]
+    by_channel = token_spec(tokens, p.width)
+    by_group = pl.BlockSpec((1, tokens, SUBLANES * states), lambda b, t, d: (b, last - t, 0))
+    whole, totals = (p.blocks, states, p.width), (p.blocks, 2, SUBLANES, p.width)
+    pads = (0, 0), (0, 0), (0, states - A.shape[1]), (0, p.channels - channels)
+    arrays: list[Any] = [
+        common.pad_tokens(x, p),
+        common.pad_tokens(dt, p),
+        maps,
+        *(common.diagonal(v, valid, p) for v in (B, C)),
+        common.by_block(A, p) / math.log(2),
+        common.vectors(D, dt_bias, p),
+        jnp.pad(boundaries, pads) if any(map(sum, pads)) else boundaries,
+        common.pad_tokens(dy, p),
+        common.by_block(dstate, p),
+    ]
     specs = [
         by_channel,
         by_channel,
-        pl.BlockSpec((1, 1, s.rows, p.chunk), lambda b, t, d: (b, last - t, 0, 0)),
-        pl.BlockSpec(whole, lambda b, t, d: (0, 0, 0, 0)),
+        pl.BlockSpec((1, 1, *maps.shape[2:]), lambda b, t, d: (b, last - t, 0, 0)),
+        by_group,
+        by_group,
+        pl.BlockSpec(whole, lambda b, t, d: (0, 0, 0)),
         pl.BlockSpec((2, p.width), lambda b, t, d: (0, d)),
-        pl.BlockSpec((1, 1, states, p.width), lambda b, t, d: (b, last - t, 0, d)),
+        pl.BlockSpec((1, p.block_chunks, states, p.width), lambda b, t, d: (b, last - t, 0, d)),
         by_channel,
         row_spec(*whole),
     ]
+    sums = (2 * parts, groups, SUBLANES * s.part)
     outs = [
         (jax.ShapeDtypeStruct((batch, p.time, p.channels), x.dtype), by_channel),
         (jax.ShapeDtypeStruct((batch, p.time, p.channels), dt.dtype), by_channel),
         (
-            jax.ShapeDtypeStruct((batch, p.time, 2 * states), jnp.float32),
-            pl.BlockSpec((1, p.chunk, 2 * states), lambda b, t, d: (b, last - t, 0)),
+            jax.ShapeDtypeStruct((batch, last + 1, *sums), jnp.float32),
+            pl.BlockSpec((1, 1, *sums), lambda b, t, d: (b, last - t, 0, 0, 0)),
         ),
         (jax.ShapeDtypeStruct((batch, *whole), jnp.float32), row_spec(*whole)),
         (jax.ShapeDtypeStruct((batch, *totals), jnp.float32), row_spec(*totals)),
@@ -293,13 +301,11 @@ def backward(
         arrays.append(common.pad_tokens(z, p))
         specs.append(by_channel)
         outs.append((jax.ShapeDtypeStruct((batch, p.time, p.channels), z.dtype), by_channel))
-    groups, group = p.chunk // SUBLANES, (p.tiles * SUBLANES, LANES)
-    shapes = [(p.chunk * s.rows, LANES), *[(groups, *group)] * 4, *[group] * 3, whole[1:]]
-    shapes += [common.bounce_shape(p, states), (p.chunk + 1, *whole[1:])]
-    shapes += [(2 * states, *group), (2 * states, p.chunk * parts_of(p.tiles), LANES)]
+    shapes = [(tokens * s.rows, LANES), *[(p.chunk // SUBLANES, p.tiles * SUBLANES, LANES)] * 4]
+    shapes += [(parts, p.tiles, (p.chunk + 1) * s.part, LANES), (2, parts, groups, SUBLANES, SUBLANES * s.part)]
     dx, ddt, dmaps, dA, dvectors, dh, *dz = pl.pallas_call(
         functools.partial(_kernel, s=s),
-        grid=(batch, p.chunks, p.blocks),
+        grid=(batch, last + 1, p.blocks),
         in_specs=specs,
         out_specs=[spec for _, spec in outs],
         out_shape=[shape for shape, _ in outs],
@@ -310,17 +316,17 @@ def backward(
         interpret=interpret.parameters(),
         name="selective_scan_backward",
     )(*arrays)
-    dB, dC = jnp.split(dmaps[:, :length], 2, axis=-1)
-    dvectors = jnp.sum(dvectors.reshape(batch, p.blocks, 2, p.tiles, SUBLANES, LANES), axis=(0, 4))
-    dD, dbias = jnp.moveaxis(dvectors, 1, 0).reshape(2, -1)[:, :channels]
+    dmaps = dmaps.reshape(batch, last + 1, 2, parts, tokens, s.part)
+    dB, dC = jnp.moveaxis(dmaps, (2, 3), (0, 4)).reshape(2, batch, p.time, states)[:, :, :length, : A.shape[1]]
+    dD, dbias = jnp.moveaxis(jnp.sum(dvectors, axis=(0, 3)), 1, 0).reshape(2, -1)[:, :channels]
     return (
         dx[:, :length, :channels],
         ddt[:, :length, :channels],
-        common.from_by_state(jnp.sum(dA, axis=0), channels).astype(A.dtype),
+        common.from_by_block(jnp.sum(dA, axis=0), channels, A.shape[1]).astype(A.dtype),
         dB.astype(B.dtype),
         dC.astype(C.dtype),
         None if D is None else dD.astype(D.dtype),
         dz[0][:, :length, :channels] if dz else None,
         None if dt_bias is None else dbias.astype(dt_bias.dtype),
-        None if state is None else common.from_by_state(dh, channels),
+        None if state is None else common.from_by_block(dh, channels, A.shape[1]),
     )

@@ -19,6 +19,7 @@ from tests.pallas_kernels.tpu import compile_op, count_kernels, simulate
 VALUE_TOLERANCE = 2e-6  # float32, relative to the largest magnitude
 GRADIENT_TOLERANCE = 1e-5
 BFLOAT16_TOLERANCE = 2.0**-7  # outputs and gradients are rounded to 8 bits of mantissa once
+SOFTPLUS_TOLERANCE = 4e-4  # of steps in bfloat16, which are rounded to 4e-3
 CHUNK = 8
 TOKENS = ("x", "dt", "B", "C", "z")
 
@@ -183,6 +184,41 @@ def test_vmap_scan_checkpoint_and_two_calls_of_one_program():
     with interpret():
         actual = gradients("mosaic_tpu")
     assert_close(actual, gradients("reference"), GRADIENT_TOLERANCE)
+
+
+def rounded_product(self, a, b, transposed=False):
+    """What the matrix unit makes of float32 operands unless told to be exact; interpreted, it does not round them."""
+    dtype = jnp.float32 if self.exact else jnp.bfloat16
+    a, b = (v.astype(dtype).astype(jnp.float32) for v in (a, b))
+    return jax.lax.dot_general(a, b, (((1,), (int(transposed),)), ((), ())), precision="highest")
+
+
+@pytest.mark.parametrize(("length", "chunk", "dtype"), [(128, 32, jnp.bfloat16), (136, 8, jnp.float32)])
+def test_loops_over_many_groups_with_the_rounding_of_the_matrix_unit(monkeypatch, length, chunk, dtype):
+    """A block whose B fills whole registers of lanes, and one of an odd number of groups of eight tokens."""
+    monkeypatch.setattr(mosaic_tpu.Static, "product", rounded_product)
+    args = draw(1, length, channels=4, states=16)
+    args |= {n: np.asarray(jnp.asarray(args[n], dtype), np.float32) for n in TOKENS}
+    dy, dstate = draw_cotangents(args)
+    dy = jnp.asarray(dy, dtype)
+    given = args | {n: jnp.asarray(args[n], dtype) for n in TOKENS}
+    (y, state), gradients = kernel(given, (dy, dstate), chunk_size=chunk)
+    cotangents = dy.astype(jnp.float32), dstate
+    _, expected = run_and_pull(args, cotangents, implementation="reference", chunk_size=chunk)
+    y_loop, state_loop = loop(args)
+    half = dtype == jnp.bfloat16
+    assert_close(y, y_loop, BFLOAT16_TOLERANCE if half else VALUE_TOLERANCE)
+    assert_close(state, state_loop, SOFTPLUS_TOLERANCE if half else VALUE_TOLERANCE)
+    for name in DIFFERENTIABLE:
+        assert_close(gradients[name], expected[name], BFLOAT16_TOLERANCE if half else GRADIENT_TOLERANCE, name)
+
+
+def test_softplus_keeps_its_digits_where_the_sum_loses_them():
+    v = np.linspace(-80, 100, 100_001, dtype=np.float32)
+    expected = np.logaddexp(v.astype(np.float64), 0)
+    for exact, tolerance in ((True, 1e-5), (False, SOFTPLUS_TOLERANCE)):
+        actual = np.asarray(jax.jit(functools.partial(mosaic_tpu.softplus, exact=exact))(v), np.float64)
+        assert np.abs(actual / expected - 1).max() <= tolerance
 
 
 def test_plans():
