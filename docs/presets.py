@@ -21,11 +21,13 @@ def table() -> str:
     for name, entry in PRESETS.items().items():
         model = zoo.create(name, dtype="bfloat16")
         config = model.config
-        pattern = _pattern([key.partition("_")[2] for key in config.sublayers()])
+        stages = {name: _pattern([key.partition("_")[2] for key in subs]) for name, subs in config.stages().items()}
+        stages["layers"] = f"({stages['layers']}) x {config.repeats}"
+        pattern = "; ".join(stages.values())
         published = f"{entry.parameters:,.1f}M" if entry.parameters else ""
         state = [_size(nbytes(model.state_specs(1, length))) for length in (4096, 1 << 20)]
         lines.append(
-            f"| `{name}` | ({pattern}) x {config.repeats} | {count(model.param_specs()) / 1e6:,.1f}M | {published} | "
+            f"| `{name}` | {pattern} | {count(model.param_specs()) / 1e6:,.1f}M | {published} | "
             f"{state[0]} | {state[1]} | {entry.citation} |"
         )
     return "\n".join(lines)

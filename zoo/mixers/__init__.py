@@ -16,6 +16,7 @@ from zoo.mixers import (
     mlstm_block,
     slstm,
     taylor_attention,
+    zamba_block,
 )
 from zoo.mixers.attention import Attention, QKNorm
 from zoo.mixers.bit_mlp import BitMLP
@@ -33,6 +34,7 @@ from zoo.mixers.mlstm import MLSTM
 from zoo.mixers.mlstm_block import MLSTMBlock
 from zoo.mixers.slstm import SLSTM
 from zoo.mixers.taylor_attention import TaylorAttention
+from zoo.mixers.zamba_block import ZambaBlock
 
 __all__ = [
     "HGRN",
@@ -56,6 +58,7 @@ __all__ = [
     "MixerType",
     "QKNorm",
     "TaylorAttention",
+    "ZambaBlock",
     "attention",
     "bit_mlp",
     "gated_convolution",
@@ -73,4 +76,5 @@ __all__ = [
     "register",
     "slstm",
     "taylor_attention",
+    "zamba_block",
 ]
