@@ -18,6 +18,21 @@ LENGTH = 13
 # The case of each model_type that switches on most, made smaller.
 CHANGES = {
     "qwen2": {"max_window_layers": 1},
+    # The second site of the first block, and no stretch that repeats.
+    "zamba": {
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention"],
+    },
+    "zamba2": {
+        "hidden_size": 12,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 19,
+        "n_mamba_heads": 3,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid", "hybrid"],
+    },
     "xlstm": {
         "num_blocks": 2,
         "hidden_size": 24,
