@@ -93,7 +93,7 @@ def attention(config, params, x):
     out = []
     for i in range(len(x)):
         first = 0 if config.window is None else max(0, i - config.window + 1)
-        y = np.zeros(x.shape[1])
+        y = np.zeros(params["o"].shape[-1])
         for h in range(config.heads):
             g = h // (config.heads // config.kv_heads)
             scores = np.array([q[i][h] @ k[j][g] for j in range(first, i + 1)]) * scale

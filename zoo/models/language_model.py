@@ -1,6 +1,6 @@
 """The one pattern-driven language model: embed -> residual sublayers -> norm -> head.
 
-An architecture is a pattern of sublayers repeated `repeats` times, between sublayers that come once, `first` and `last`.
+An architecture is a pattern of sublayers repeated `repeats` times, between sublayers that come once (`first`, `last`).
 Repeats are stacked on a leading `layers` axis and run by jax.lax.scan, so compile time grows with the pattern and not
 with the depth. Sublayers may share weights: those stand once in the tree, under `shared`, and every site reads them.
 """
@@ -120,10 +120,9 @@ class LanguageModelConfig:
             for sublayer in sublayers:
                 if mixer_of(sublayer.mixer).across_layers and stage != "pattern":
                     raise ValueError(f"{stage}: {mixer_of(sublayer.mixer).name} depends on its layer of the repeats")
-                if sublayer.share is not None and shared.setdefault(sublayer.share, sublayer) != sublayer:
-                    raise ValueError(
-                        f"sublayers with share={sublayer.share!r} must be equal: {shared[sublayer.share]} and {sublayer}"
-                    )
+                name = sublayer.share
+                if name is not None and shared.setdefault(name, sublayer) != sublayer:
+                    raise ValueError(f"sublayers with share={name!r} must be equal: {shared[name]} and {sublayer}")
             if sublayers and sublayers[-1].aside:
                 raise ValueError(f"{stage}: the last sublayer has aside=True, and no sublayer that follows it")
 
@@ -335,7 +334,7 @@ def _run_layers(params, x, ctx, state, config, implementation):
             continue
         layers = _across_layers(layers, config)
         if not isinstance(layers, tuple):
-            x, new_states[stage] = jax.lax.scan(run, x, (layers, carried))
+            x, new_states[stage] = jax.lax.scan(run, x, (layers, carried), length=config.repeats)
             continue
         if carried is not None and not isinstance(carried, tuple):
             raise ValueError("unrolled parameters need an unrolled state: zoo.unroll(state, model.config)")

@@ -5,6 +5,7 @@ layer of the site alone: t = W_site Block([h, e]); h <- h + Mamba(norm(h + t)).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from zoo.layers.norm import Norm
 from zoo.layers.rotary import Rotary
@@ -39,7 +40,7 @@ def head_width_of(family: str, width: int, heads: int) -> int:
     return 2 * width // heads
 
 
-def fold(layers: Sequence[Layer]) -> dict[str, tuple[Sublayer, ...] | int]:
+def fold(layers: Sequence[Layer]) -> dict[str, Any]:
     """first, pattern, repeats and last of a LanguageModelConfig: the form that writes out the fewest layers."""
     best = (0, 0, len(layers), 1)  # layers saved, start, period, repeats
     for period in range(1, len(layers) // 2 + 1):
@@ -48,7 +49,9 @@ def fold(layers: Sequence[Layer]) -> dict[str, tuple[Sublayer, ...] | int]:
             run = run + 1 if layers[start] == layers[start + period] else 0
             repeats = run // period + 1
             if repeats > 1:
-                best = max(best, ((repeats - 1) * period, start, period, repeats), key=lambda form: form[0])
+                best = max(
+                    best, ((repeats - 1) * period, start, period, repeats), key=lambda form: form[0]
+                )  # ties: the first
     _, start, period, repeats = best
 
     def joined(part: Sequence[Layer]) -> tuple[Sublayer, ...]:
@@ -62,7 +65,7 @@ def fold(layers: Sequence[Layer]) -> dict[str, tuple[Sublayer, ...] | int]:
     }
 
 
-def _stack(mamba: Sublayer, blocks: Sequence[Sublayer], sites: tuple[int, ...], layers: int):
+def _stack(mamba: Sublayer, blocks: Sequence[Sublayer], sites: tuple[int, ...], layers: int) -> dict[str, Any]:
     """`fold` of the layers; the blocks take turns at the sites."""
     order: list[Layer] = []
     for layer in range(layers):
