@@ -259,7 +259,7 @@ def zamba_block(config, params, x):
     inner, forward = dict(params["attention"]), dict(params["mlp"])
     if config.rank is not None:
         updates = params["updates"]
-        for name in ("gate", "up") if config.mlp.gated else ("up",):
+        for name in ("gate", "up"):
             forward[name] = forward[name] + updates["mlp_a"] @ updates[f"{name}_b"]
         for name in "qkv" if config.attention_updates else "":
             inner[name] = inner[name] + np.einsum("dr,rhk->dhk", updates[f"{name}_a"], updates[f"{name}_b"])

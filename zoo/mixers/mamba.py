@@ -251,8 +251,7 @@ register(
         flops_per_token,
         examples=(
             Mamba(inner=32, state=4),
-            Mamba(inner=24, state=5, conv_width=3, dt_rank=3, conv_bias=False, bias=True),
-            Mamba(inner=24, state=3, conv_width=3, heads=3),
+            Mamba(inner=24, state=5, conv_width=3, dt_rank=3, heads=2, conv_bias=False, bias=True),
         ),
     )
 )

@@ -31,7 +31,7 @@ class ZambaBlock:
 
     Attributes:
       attention: of the input's width; its output has D channels.
-      mlp: on D channels.
+      mlp: on D channels, gated.
       width: D, channels of the output; None = those of the input.
       norm: before the MLP.
       rank: R of the site's updates A [D, R], B [R, F] of the MLP's input matrices, which share A; None = no updates.
@@ -48,6 +48,8 @@ class ZambaBlock:
     init_std: float = 0.02
 
     def __post_init__(self):
+        if not self.mlp.gated:
+            raise ValueError("ZambaBlock.mlp must be gated, got gated=False")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"ZambaBlock.rank must be None or >= 1, got {self.rank}")
         if self.attention_updates and self.rank is None:
@@ -64,9 +66,8 @@ class ZambaBlock:
         """{A of a site's updates: (component, the matrices that it belongs to)}."""
         if self.rank is None:
             return {}
-        into = ("gate", "up") if self.mlp.gated else ("up",)
         qkv = {f"{name}_a": ("attention", (name,)) for name in "qkv"} if self.attention_updates else {}
-        return {"mlp_a": ("mlp", into), **qkv}
+        return {"mlp_a": ("mlp", ("gate", "up")), **qkv}
 
 
 def param_specs(config: ZambaBlock, width: int) -> Tree:
@@ -147,7 +148,7 @@ def flops_per_token(config: ZambaBlock, width: int, length: int) -> float:
     total -= 2.0 * attention.heads * attention.head_width * (width - out)
     updates = 0
     if config.rank is not None:
-        updates = out + (2 if mlp.gated else 1) * mlp.hidden
+        updates = out + 2 * mlp.hidden
         if config.attention_updates:
             updates += 3 * width + attention.head_width * (attention.heads + 2 * attention.kv_heads)
         updates *= config.rank
@@ -164,16 +165,10 @@ register(
         flops_per_token,
         examples=(
             ZambaBlock(
-                Attention(heads=2, kv_heads=2, head_width=8, rotary=Rotary(), scale=0.5),
-                MLP(12, "gelu"),
+                Attention(heads=4, kv_heads=2, head_width=4, rotary=Rotary(), scale=0.5),
+                MLP(12, "gelu", bias=True),
                 rank=3,
                 attention_updates=True,
-            ),
-            ZambaBlock(
-                Attention(heads=4, kv_heads=2, head_width=4, rotary=None, window=5),
-                MLP(12, gated=False, bias=True),
-                norm=Norm("layer", bias=True),
-                rank=2,
             ),
         ),
         own=("out", "updates"),

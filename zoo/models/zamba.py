@@ -267,7 +267,7 @@ preset(
     citation="a tiny variant for tests and examples",
     vocab_size=512,
     width=64,
-    layers=5,
+    layers=4,
     heads=4,
     sites=(1, 3),
     hidden=96,
