@@ -11,7 +11,7 @@ import re
 import zoo
 from zoo.core.params import count, nbytes
 from zoo.interop.families import HF_FAMILIES
-from zoo.models import FAMILIES, PRESETS, language_model
+from zoo.models import FAMILIES, PRESETS, LanguageModelConfig, language_model
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 GALLERY = pathlib.Path(__file__).with_name("gallery.md")
@@ -77,7 +77,7 @@ def _row(name: str) -> str:
     state = [nbytes(model.state_specs(1, length)) for length in LENGTHS.values()]
     cells = (
         f"`{name}`",
-        f"({_pattern([key.partition('_')[2] for key in config.sublayers()])}) x {config.repeats}",
+        _pattern(config),
         _parameters(count(model.param_specs())),
         f"{entry.parameters:,.1f}M" if entry.parameters else "",
         *(_scaled(value, "") for value in flops),
@@ -87,11 +87,16 @@ def _row(name: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _pattern(mixers: list[str]) -> str:
-    """The mixers in order, or how many of each where that fills more than a line."""
-    if len(mixers) > LISTED:
-        return ", ".join(f"{number} {name}" for name, number in collections.Counter(mixers).items())
-    return ", ".join(mixers)
+def _pattern(config: LanguageModelConfig) -> str:
+    """The mixers of every stage in order, or how many of each where that fills more than a line."""
+    stages = []
+    for stage, sublayers in config.stages().items():
+        mixers = [key.partition("_")[2] for key in sublayers]
+        if len(mixers) > LISTED:
+            mixers = [f"{number} {name}" for name, number in collections.Counter(mixers).items()]
+        listed = ", ".join(mixers)
+        stages.append(f"({listed}) x {config.repeats}" if stage == "layers" else listed)
+    return "; ".join(stages)
 
 
 def _parameters(number: int) -> str:

@@ -18,6 +18,28 @@ LENGTH = 13
 # The case of each model_type that switches on most, made smaller.
 CHANGES = {
     "qwen2": {"max_window_layers": 1},
+    # The second site of the first block, no stretch that repeats, and options that the case leaves off.
+    "zamba": {
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid", "linear_attention"],
+        "n_mamba_heads": 1,
+        "mamba_conv_bias": False,
+        "mamba_proj_bias": False,
+    },
+    "zamba2": {
+        "hidden_size": 12,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 19,
+        "use_shared_attention_adapter": False,
+        "use_mem_rope": False,
+        "add_bias_linear": False,
+        "time_step_min": 0.3,
+        "n_mamba_heads": 3,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid", "hybrid"],
+    },
     "xlstm": {
         "num_blocks": 2,
         "hidden_size": 24,

@@ -169,6 +169,58 @@ CASES: Mapping[str, Case] = {
         ssm_state_size=3,
         use_conv_bias=False,
     ),
+    "zamba": _case(
+        "zamba",
+        hidden_size=20,
+        attention_head_dim=6,
+        num_hidden_layers=6,
+        layers_block_type=["linear_attention", "hybrid"] * 3,
+        mamba_d_state=5,
+        mamba_d_conv=3,
+        mamba_dt_rank=3,
+        mamba_proj_bias=True,
+        rms_norm_eps=1e-3,
+    ),
+    "zamba_plain": _case(
+        "zamba",
+        num_hidden_layers=9,
+        num_key_value_heads=4,
+        n_mamba_heads=1,
+        mamba_expand=3,
+        mamba_conv_bias=False,
+        hidden_act="gelu_pytorch_tanh",
+    ),
+    "zamba2": _case(
+        "zamba2",
+        num_key_value_heads=4,
+        num_hidden_layers=6,
+        layers_block_type=["linear_attention", *["hybrid"] * 4, "linear_attention"],
+        n_mamba_heads=6,
+        mamba_ngroups=3,
+        mamba_d_state=5,
+        mamba_d_conv=3,
+        num_mem_blocks=2,
+        adapter_rank=3,
+        use_shared_attention_adapter=True,
+        use_mem_rope=True,
+        rope_parameters=_rope("default"),
+        add_bias_linear=True,
+        time_step_min=1e-6,
+        rms_norm_eps=1e-3,
+    ),
+    # In a single step transformers forgets the lower limit of dt.
+    "zamba2_plain": _case(
+        "zamba2",
+        decode=False,
+        hidden_size=20,
+        num_hidden_layers=5,
+        layers_block_type=["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+        n_mamba_heads=5,
+        mamba_expand=1,
+        mamba_d_state=3,
+        adapter_rank=2,
+        time_step_min=0.3,
+    ),
     "xlstm": _xlstm(use_bias=True, ffn_proj_factor=1.3, ffn_round_up_to_multiple_of=8),
     "xlstm_plain": _xlstm(num_heads=1, v_dim_factor=2.0),
 }
@@ -187,7 +239,7 @@ def build(case: Case, seed: int = 0):
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("A_log"):
                 parameter.copy_(0.5 * noise)
-            elif name.endswith(("dt_proj.bias", "dt_bias")):
+            elif name.endswith(("dt_proj.bias", "dt_proj_bias", "dt_bias")):
                 parameter.copy_(0.5 * noise - 1)
             elif "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * noise)

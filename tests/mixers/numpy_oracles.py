@@ -93,7 +93,7 @@ def attention(config, params, x):
     out = []
     for i in range(len(x)):
         first = 0 if config.window is None else max(0, i - config.window + 1)
-        y = np.zeros(x.shape[1])
+        y = np.zeros(params["o"].shape[-1])
         for h in range(config.heads):
             g = h // (config.heads // config.kv_heads)
             scores = np.array([q[i][h] @ k[j][g] for j in range(first, i + 1)]) * scale
@@ -175,10 +175,13 @@ def hgrn2(config, params, x):
 
 
 def mamba(config, params, x):
-    rank, states, taps = config.rank(x.shape[1]), config.state, config.conv_width
-    a = -np.exp(params["A_log"])
+    rank, states, taps, heads = config.rank(x.shape[1]), config.state, config.conv_width, config.heads or 1
+    wide = config.inner // heads
+    low_rank, back = params["x_proj"].reshape(wide, heads, -1), params["dt_proj"].reshape(rank, heads, wide)
+    a = -np.exp(params["A_log"].reshape(heads, wide, states))
+    offset, skip = params["dt_bias"].reshape(heads, wide), params["D"].reshape(config.inner)
     past = [np.zeros(config.inner) for _ in range(taps - 1)]
-    h = np.zeros((config.inner, states))
+    h = np.zeros((heads, wide, states))
     out = []
     for token in x:
         u, z = token @ params["in_proj"][:, 0], token @ params["in_proj"][:, 1]
@@ -189,12 +192,16 @@ def mamba(config, params, x):
         if config.conv_bias:
             u = u + params["conv_bias"]
         u = silu(u)
-        low_b_c = u @ params["x_proj"]
-        low, b, c = low_b_c[:rank], low_b_c[rank : rank + states], low_b_c[rank + states :]
-        dt = softplus(low @ params["dt_proj"] + params["dt_bias"])
-        for i in range(config.inner):
-            h[i] = np.exp(dt[i] * a[i]) * h[i] + dt[i] * u[i] * b
-        y = (h @ c + params["D"] * u) * silu(z)
+        read = np.zeros(config.inner)
+        for head in range(heads):
+            first = head * wide
+            low_b_c = u[first : first + wide] @ low_rank[:, head]
+            low, b, c = low_b_c[:rank], low_b_c[rank : rank + states], low_b_c[rank + states :]
+            dt = softplus(low @ back[:, head] + offset[head])
+            for i in range(wide):
+                h[head, i] = np.exp(dt[i] * a[head, i]) * h[head, i] + dt[i] * u[first + i] * b
+                read[first + i] = h[head, i] @ c
+        y = (read + skip * u) * silu(z)
         y = y @ params["out_proj"]
         out.append(y + params["out_bias"] if config.bias else y)
     return np.stack(out)
@@ -246,6 +253,19 @@ def mlp(config, params, x):
         h = act(token @ params["gate"] + bias("gate")) * h if config.gated else act(h)
         out.append(h @ params["down"] + bias("down"))
     return np.stack(out)
+
+
+def zamba_block(config, params, x):
+    inner, forward = dict(params["attention"]), dict(params["mlp"])
+    if config.rank is not None:
+        updates = params["updates"]
+        for name in ("gate", "up"):
+            forward[name] = forward[name] + updates["mlp_a"] @ updates[f"{name}_b"]
+        for name in "qkv" if config.attention_updates else "":
+            inner[name] = inner[name] + np.einsum("dr,rhk->dhk", updates[f"{name}_a"], updates[f"{name}_b"])
+    y = attention(config.attention, inner, x)
+    y = mlp(config.mlp, forward, np.stack([normalise(config.norm, params["norm"], token) for token in y]))
+    return y @ params["out"]
 
 
 class Quantisers:

@@ -14,6 +14,7 @@ from tests.mixers.numpy_oracles import (
     mamba2,
     mlgru,
     mlp,
+    zamba_block,
 )
 from tests.mixers.xlstm_oracles import mlstm, mlstm_block, slstm
 
@@ -56,6 +57,7 @@ ORACLES = {
     "mlstm_block": mlstm_block,
     "slstm": slstm,
     "taylor_attention": taylor_attention,
+    "zamba_block": zamba_block,
 }
 # [queries, keys] by the mixer's config and the length.
 VISIBLE = dict.fromkeys(ORACLES, _everything_before) | {
@@ -63,4 +65,5 @@ VISIBLE = dict.fromkeys(ORACLES, _everything_before) | {
     "base_conv": _taps,
     "bit_mlp": _itself,
     "mlp": _itself,
+    "zamba_block": _window,
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.core.registry import check_choice, nearest
-from zoo.interop import hf_fla, hf_mamba, hf_rope, hf_xlstm
+from zoo.interop import hf_fla, hf_mamba, hf_rope, hf_xlstm, hf_zamba
 from zoo.interop.hf_family import ACTIVATIONS, Field, HFFamily, Rule
 
 _GENERIC = """
@@ -258,6 +258,7 @@ HF_FAMILIES: Mapping[str, HFFamily] = {
         *hf_mamba.FAMILIES,
         *hf_fla.FAMILIES,
         *hf_xlstm.FAMILIES,
+        *hf_zamba.FAMILIES,
     )
 }
 

@@ -17,7 +17,7 @@ from zoo.core.registry import check_choice, check_keys
 from zoo.interop import hf_config
 from zoo.interop.families import HF_FAMILIES, IGNORED, HFFamily, Rule, read_options
 from zoo.interop.safetensors_io import CONFIG, TensorFolder, read_json, write_folder
-from zoo.models.language_model import LanguageModelConfig
+from zoo.models.language_model import LanguageModelConfig, Sublayer
 from zoo.models.model import Model, create
 
 HEAD, EMBEDDING = "lm_head.weight", "embedding"
@@ -51,6 +51,10 @@ class Piece:
             return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
         if self.form == "vector":
             return (math.prod(self.shape),)
+        if self.form == "inputs_last":
+            return (*self.shape[1:], self.shape[0])
+        if self.form == "interleaved":
+            return (math.prod(self.shape[-2:]), *self.shape[:-2])
         if self.form == "stacked":
             return self.shape[0], math.prod(self.shape[1:])
         return (self.shape[1], 1, self.shape[0]) if self.form == "conv" else self.shape
@@ -59,49 +63,100 @@ class Piece:
         """`leaf[index]` from the rows."""
         if self.form == "conv":
             return rows[:, 0].T
+        if self.form == "inputs_last":
+            return np.moveaxis(rows, -1, 0)
+        if self.form == "interleaved":
+            return rows.reshape(self.shape[::-1]).T
         return (rows.T if self.form == "matrix" else rows).reshape(self.shape)
 
     def theirs(self, leaf: np.ndarray) -> np.ndarray:
         """The rows from `leaf[index]`."""
         if self.form == "conv":
             return leaf.T[:, None]
+        if self.form == "inputs_last":
+            return np.moveaxis(leaf, 0, -1)
+        if self.form == "interleaved":
+            return leaf.T.reshape(self.their_shape)
         if self.form == "matrix":
             rows, columns = self.their_shape
             return leaf.reshape(columns, rows).T
         return leaf.reshape(self.their_shape)
 
 
-def _pieces(family: HFFamily, config: LanguageModelConfig, specs: Mapping[str, Spec]) -> dict[str, tuple[Piece, ...]]:
-    """{Hugging Face name: its pieces} for all leaves of a model, in the order of the rules."""
-    names = list(config.sublayers())
-    per_layer = family.per_layer
-    cycle = len(names) // per_layer
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """One of their layers, or what is outside of all.
+
+    Attributes:
+      fields: of keys, {"layer", "source", "site"}.
+      roots: what {mamba} and so on stand for in paths.
+      index: of the repeat, (i,) or ().
+      copies: other layers that hold the same set of weights.
+    """
+
+    fields: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    roots: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    index: tuple[int, ...] = ()
+    copies: tuple[int, ...] = ()
+
+
+def _places(config: LanguageModelConfig, per_layer: int) -> list[_Place]:
+    """Their layers in order; a layer ends with its `per_layer`th sublayer that does not stand aside."""
+    layers: list[list[tuple[str, tuple[int, ...], Sublayer]]] = [[]]
+    for entry in config.in_order():
+        if sum(not sub.aside for _, _, sub in layers[-1]) == per_layer:
+            layers.append([])
+        layers[-1].append(entry)
+    shares = [next((sub.share for _, _, sub in layer if sub.share is not None), None) for layer in layers]
+    places = []
+    for layer, (entries, share) in enumerate(zip(layers, shares, strict=True)):
+        fields, roots, beside = {"layer": layer}, {}, ""
+        for path, _, sub in entries:
+            roots[beside + path.partition("/")[2].partition("_")[2]] = path
+            beside = "site_" if sub.aside else ""
+        group = [other for other, name in enumerate(shares) if name == share]
+        if share is not None:
+            fields |= {"source": group[0], "site": sum(name is not None for name in shares[:layer])}
+            roots["shared"] = f"shared/{share}"
+        places.append(_Place(fields, roots, entries[0][1], tuple(group[1:])))
+    return places
+
+
+def _pieces(
+    family: HFFamily, config: LanguageModelConfig, specs: Mapping[str, Spec]
+) -> tuple[dict[str, tuple[Piece, ...]], dict[str, str]]:
+    """{Hugging Face name: its pieces} for all leaves of a model, in the order of the rules, and {copy: name} of the
+    names under which shared weights may be stored once more."""
+    layers = _places(config, family.per_layer)
     table: dict[str, tuple[Piece, ...]] = {}
+    copies: dict[str, str] = {}
     for rule in family.rules:
-        for layer in range(cycle * config.repeats if "{layer}" in rule.key else 1):
-            repeat, position = divmod(layer, cycle)
-            sublayers = names[position * per_layer : (position + 1) * per_layer]
-            roots = {name.partition("_")[2]: f"layers/{name}" for name in sublayers}
-            paths = [path.format_map(collections.defaultdict(str, roots)) for path in rule.paths]
-            if all(path in specs for path in paths):
-                table |= _expand(rule, layer, repeat, [(path, specs[path]) for path in paths])
+        for place in layers if "{layer}" in rule.key or "{source}" in rule.key else [_Place()]:
+            roots = collections.defaultdict(str, place.roots)
+            paths = [path.format_map(roots) for path in rule.paths]
+            if not all(path in specs for path in paths):
+                continue
+            table |= _expand(rule, place, [(path, specs[path]) for path in paths])
+            if "{source}" in rule.key:
+                name = rule.key.format(**place.fields)
+                copies |= {rule.key.format(**{**place.fields, "source": other}): name for other in place.copies}
     covered = {piece.path for pieces in table.values() for piece in pieces}
     if covered != set(specs):
         raise ValueError(f"model_type {family.model_type} has no tensors for {sorted(set(specs) - covered)}")
-    return table
+    return table, copies
 
 
-def _expand(rule: Rule, layer: int, repeat: int, leaves: list[tuple[str, Spec]]) -> dict[str, tuple[Piece, ...]]:
+def _expand(rule: Rule, place: _Place, leaves: list[tuple[str, Spec]]) -> dict[str, tuple[Piece, ...]]:
     """The tensors of one rule in one layer; one per head where the rule says so."""
-    index = (repeat,) if "{layer}" in rule.key else ()
+    index = () if leaves[0][0].startswith("shared/") else place.index
     if "{head}" in rule.key:
         ((path, spec),) = leaves
         return {
-            rule.key.format(layer=layer, head=head): (Piece(path, (*index, head), spec.shape[2:], 0, rule.form),)
+            rule.key.format(**place.fields, head=head): (Piece(path, (*index, head), spec.shape[2:], 0, rule.form),)
             for head in range(spec.shape[1])
         }
     pieces = tuple(Piece(path, index, spec.shape[len(index) :], spec.inputs, rule.form) for path, spec in leaves)
-    return {rule.key.format(layer=layer): pieces}
+    return {rule.key.format(**place.fields): pieces}
 
 
 def _their_shape(pieces: tuple[Piece, ...]) -> tuple[int, ...]:
@@ -136,13 +191,23 @@ def _check_tied_head(files: TensorFolder, names: Mapping[str, str], table: Mappi
         )
 
 
+def _check_copy(files: TensorFolder, stored: str, name: str) -> None:
+    """A weight that is shared and stored twice must be the same."""
+    if not np.array_equal(files.read(stored), files.read(name), equal_nan=True):
+        raise ValueError(f"{files.folder}: {stored} differs from {name}, but the layers share it")
+
+
 def _load(files: TensorFolder, model: Model, family: HFFamily) -> Tree:
     specs = model.param_specs()
     flat = flatten(specs)
-    table = _pieces(family, model.config, flat)
+    table, copies = _pieces(family, model.config, flat)
     names: dict[str, str] = {}
     for stored in files.shapes:
         name = ALIASES.get(stored, stored)
+        if copies.get(name) in files.shapes:
+            _check_copy(files, stored, copies[name])
+            continue
+        name = copies.get(name, name)
         if name in names:
             raise ValueError(f"{files.folder} holds both {names[name]} and {stored}, two names of one tensor")
         if not stored.endswith(BUFFERS):
@@ -246,7 +311,7 @@ def to_hf(
     specs = model.param_specs()
     check_tree(params, specs)
     flat = flatten(params)
-    table = _pieces(family, model.config, flatten(specs))
+    table, _ = _pieces(family, model.config, flatten(specs))
     dtypes = {path: np.dtype(leaf.dtype) for path, leaf in flat.items()}
     for name, pieces in table.items():
         found = {dtypes[piece.path].name for piece in pieces}

@@ -35,11 +35,15 @@ class Rule:
     """A tensor name and what it holds.
 
     Attributes:
-      key: template with {layer} and, for one tensor per head, {head}.
+      key: template with {layer} and, for one tensor per head, {head}. Where sublayers share weights, {source} is the
+        first layer with the set of the layer at hand, and {site} counts the layers that share any.
       paths: leaves of the zoo's tree, concatenated along the tensor's first axis; {attention}, {mlp}, {mamba} and so
-        on stand for "layers/<sublayer>". A rule holds where the model has its leaves.
-      form: "matrix", [inputs..., outputs...] here and [outputs, inputs] there; "vector", flattened; "same"; "conv",
-        [W, Di] here and [Di, 1, W] there; "stacked", a leaf of all layers [L, ...], flattened per layer there.
+        on stand for "layers/<sublayer>", {site_mamba} for a mamba that another sublayer's step goes into, and {shared}
+        for "shared/<name>". A rule holds where the model has its leaves.
+      form: "matrix", [inputs..., outputs...] here and [outputs, inputs] there; "inputs_last", the same with all of the
+        output's dimensions there; "interleaved", a pair of matrices [inputs, 2, outputs] or vectors [2, outputs] here,
+        row by row in turn there; "vector", flattened; "same"; "conv", [W, Di] here and [Di, 1, W] there; "stacked", a
+        leaf of all layers [L, ...], flattened per layer there.
     """
 
     key: str
@@ -62,7 +66,7 @@ class HFFamily:
       rope_types: rope types that transformers runs for this family.
       rope_fraction: default of partial_rotary_factor; None when the whole head turns.
       window: None, "one" for all layers, or "layers".
-      per_layer: sublayers of the zoo's pattern that are one of their layers.
+      per_layer: sublayers that are one of their layers, those not counted that stand aside.
       read: {field: value} to the options that no single field says; None = those of rotary embeddings and windows.
       write: options to the config fields that no single option says; goes with `read`.
       lacks: options to those, as "name=value", that the fields cannot say; goes with `read`.

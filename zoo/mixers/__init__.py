@@ -17,6 +17,7 @@ from zoo.mixers import (
     mlstm_block,
     slstm,
     taylor_attention,
+    zamba_block,
 )
 from zoo.mixers.attention import Attention, QKNorm
 from zoo.mixers.bit_mlp import BitMLP
@@ -35,6 +36,7 @@ from zoo.mixers.mlstm import MLSTM
 from zoo.mixers.mlstm_block import MLSTMBlock
 from zoo.mixers.slstm import SLSTM
 from zoo.mixers.taylor_attention import TaylorAttention
+from zoo.mixers.zamba_block import ZambaBlock
 
 __all__ = [
     "HGRN",
@@ -59,6 +61,7 @@ __all__ = [
     "MixerType",
     "QKNorm",
     "TaylorAttention",
+    "ZambaBlock",
     "attention",
     "bit_mlp",
     "gated_convolution",
@@ -77,4 +80,5 @@ __all__ = [
     "register",
     "slstm",
     "taylor_attention",
+    "zamba_block",
 ]

@@ -55,6 +55,8 @@ class MixerType:
       across_layers: functions [L, ...] -> [L, ...] by parameter name, for a value of one layer that depends on the
         parameters of all. A model applies them once, before its layers run, to that leaf stacked over the repeats of a
         sublayer; `mix` finds its layer's row of the result at the leaf's place.
+      own: names in the parameter tree that every site keeps to itself where sublayers share their weights
+        (`Sublayer.share`); `mix` finds the whole tree at each site.
     """
 
     name: str
@@ -65,6 +67,7 @@ class MixerType:
     flops_per_token: Callable[[Any, int, int], float]
     examples: tuple[Any, ...]
     across_layers: Mapping[str, Callable[[jax.Array], jax.Array]] = dataclasses.field(default_factory=dict)
+    own: tuple[str, ...] = ()
 
     def init_state(self, config: Any, batch_size: int, max_length: int, dtype: DTypeLike) -> Any:
         """The state of fresh sequences."""

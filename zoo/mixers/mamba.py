@@ -1,4 +1,4 @@
-"""Mamba's selective state-space mixer, S6 (arXiv:2312.00752, section 3 and algorithm 2)."""
+"""Mamba's selective state-space mixer, S6 (arXiv:2312.00752, section 3 and algorithm 2), with one or several heads."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.causal_conv1d import causal_conv1d
 from pallas_kernels.selective_scan import selective_scan
 from zoo.core.context import SeqContext
-from zoo.core.linear import linear
+from zoo.core.linear import linear, materialise
 from zoo.core.params import Spec, Tree
 from zoo.core.sharding import constrain
 from zoo.layers.norm import NO_DECAY
@@ -29,6 +29,8 @@ class Mamba:
       state: N, states per channel.
       conv_width: W, taps of the causal convolution.
       dt_rank: r; None = ceil(D / 16).
+      heads: H groups of Di / H neighbouring channels, each with W_x and W_dt of its own (Zamba, arXiv:2405.16712): then
+        r, B and C of a group depend on its channels alone. None = one group, the paper's.
       conv_bias: bias of the convolution.
       bias: biases on the input and output projections.
       dt_min, dt_max: dt at initialisation is log-uniform between them.
@@ -39,6 +41,7 @@ class Mamba:
     state: int = 16
     conv_width: int = 4
     dt_rank: int | None = None
+    heads: int | None = None
     conv_bias: bool = True
     bias: bool = False
     dt_min: float = 1e-3
@@ -49,6 +52,9 @@ class Mamba:
     def __post_init__(self):
         if self.conv_width < 2:
             raise ValueError(f"Mamba.conv_width must be >= 2, got {self.conv_width}")
+        if self.heads is not None and (self.heads < 1 or self.inner % self.heads):
+            divisors = [h for h in range(1, self.inner + 1) if self.inner % h == 0]
+            raise ValueError(f"Mamba.heads={self.heads} must divide inner={self.inner}: None or one of {divisors}")
 
     def rank(self, width: int) -> int:
         """r of this mixer at model width D."""
@@ -94,18 +100,28 @@ def _a_log_init(key, shape, dtype=jnp.float32):
 
 
 def param_specs(config: Mamba, width: int) -> Tree:
-    """Specs: in_proj [D, 2, Di] (u, z), conv [W, Di], x_proj [Di, r + 2N] (dt, B, C), dt_proj [r, Di], A_log [Di, N],
-    D [Di], out_proj [Di, D], biases."""
+    """Specs: in_proj [D, 2, Di] (u, z), conv [W, Di], x_proj [Di, r + 2N] (dt, B, C), dt_proj [r, Di], dt_bias [Di],
+    A_log [Di, N], D [Di], out_proj [Di, D], biases. With heads Di is H, P = Di / H in dt_proj [r, H, P], dt_bias, A_log
+    and D, and x_proj is [P, H, r + 2N]."""
     inner, states, rank, taps = config.inner, config.state, config.rank(width), config.conv_width
     into = _matrix_init(config.init_std, width)
+    channels, names, each = (inner,), ("inner",), ()
+    if config.heads is not None:
+        channels, names, each = (config.heads, inner // config.heads), ("mamba_heads", "inner"), (config.heads,)
+    reads = Spec(
+        (channels[-1], *each, rank + 2 * states),
+        ("inner", *names[: len(each)], "ssm"),
+        _matrix_init(config.init_std, channels[-1]),
+        inputs=1,
+    )
     specs = {
         "in_proj": Spec((width, 2, inner), ("embed", "branch", "inner"), into, inputs=1),
         "conv": Spec((taps, inner), ("conv", "inner"), uniform(taps**-0.5)),
-        "x_proj": Spec((inner, rank + 2 * states), ("inner", "ssm"), _matrix_init(config.init_std, inner), inputs=1),
-        "dt_proj": Spec((rank, inner), ("dt_rank", "inner"), uniform(rank**-0.5), inputs=1),
-        "dt_bias": Spec((inner,), ("inner",), dt_bias_init(config.dt_min, config.dt_max), tags=NO_DECAY),
-        "A_log": Spec((inner, states), ("inner", "state"), _a_log_init, tags=NO_DECAY),
-        "D": Spec((inner,), ("inner",), jax.nn.initializers.ones, tags=NO_DECAY),
+        "x_proj": reads,
+        "dt_proj": Spec((rank, *channels), ("dt_rank", *names), uniform(rank**-0.5), inputs=1),
+        "dt_bias": Spec(channels, names, dt_bias_init(config.dt_min, config.dt_max), tags=NO_DECAY),
+        "A_log": Spec((*channels, states), (*names, "state"), _a_log_init, tags=NO_DECAY),
+        "D": Spec(channels, names, jax.nn.initializers.ones, tags=NO_DECAY),
         "out_proj": Spec((inner, width), ("inner", "embed"), _matrix_init(config.out_init_std, inner), inputs=1),
     }
     if config.conv_bias:
@@ -123,6 +139,46 @@ def state_specs(config: Mamba, batch_size: int, max_length: int, dtype: DTypeLik
         conv=Spec((batch_size, config.conv_width - 1, config.inner), ("batch", "conv", "inner")),
         ssm=Spec((batch_size, config.inner, config.state), ("batch", "inner", "state")),
     )
+
+
+def _recurrence(params: Tree, u, z, ctx: SeqContext, state, *, config: Mamba, rank: int, implementation):
+    """(C h + D u) * silu(z) [B, T, P] and the new h of one head's channels."""
+    dbc = linear(u, params["x_proj"], "bti,ip->btp")
+    dt_low, b, c = jnp.split(dbc, [rank, rank + config.state], axis=-1)
+    dt = linear(dt_low, params["dt_proj"], "btr,ri->bti")
+    return selective_scan(
+        u,
+        dt,
+        -jnp.exp(params["A_log"].astype(jnp.float32)),
+        b,
+        c,
+        params["D"],
+        z,
+        params["dt_bias"],
+        state,
+        dt_softplus=True,
+        reset=ctx.reset,
+        valid=ctx.valid,
+        implementation=implementation,
+    )
+
+
+# The dimension of the heads in the leaves that have one.
+_HEAD_AXIS = {"x_proj": 1, "dt_proj": 1, "dt_bias": 0, "A_log": 0, "D": 0}
+
+
+def _heads(params: Tree, u, z, ctx: SeqContext, state, *, config: Mamba, rank: int, implementation):
+    """`_recurrence` of every head, side by side."""
+    options = {"config": config, "rank": rank, "implementation": implementation}
+    if config.heads is None:
+        return _recurrence(params, u, z, ctx, state, **options)
+    outputs = []
+    for head, (u_head, z_head) in enumerate(zip(*(jnp.split(v, config.heads, axis=-1) for v in (u, z)), strict=True)):
+        own = {name: jnp.take(materialise(params[name]), head, axis) for name, axis in _HEAD_AXIS.items()}
+        carried = None if state is None else jnp.split(state, config.heads, axis=1)[head]
+        outputs.append(_recurrence(own, u_head, z_head, ctx, carried, **options))
+    ys, states = zip(*outputs, strict=True)
+    return jnp.concatenate(ys, axis=-1), jnp.concatenate(states, axis=1)
 
 
 def mix(
@@ -147,8 +203,7 @@ def mix(
     Returns:
       y [B, T, D] in x.dtype, and the state after the last token.
     """
-    rank, states = config.rank(x.shape[-1]), config.state
-    valid, reset = ctx.valid, ctx.reset
+    width, valid = x.shape[-1], ctx.valid
     if valid is not None:
         x = jnp.where(valid[..., None], x, 0)
     uz = linear(x, params["in_proj"], "btd,dci->btci")
@@ -161,29 +216,14 @@ def mix(
         params["conv"],
         params.get("conv_bias"),
         None if state is None else state.conv,
-        reset=reset,
+        reset=ctx.reset,
         valid=valid,
         activation="silu",
         implementation=implementation,
     )
-    dbc = linear(u, params["x_proj"], "bti,ip->btp")
-    dt_low, b, c = jnp.split(dbc, [rank, rank + states], axis=-1)
-    dt = linear(dt_low, params["dt_proj"], "btr,ri->bti")
-    y, ssm_state = selective_scan(
-        u,
-        dt,
-        -jnp.exp(params["A_log"].astype(jnp.float32)),
-        b,
-        c,
-        params["D"],
-        z,
-        params["dt_bias"],
-        None if state is None else state.ssm,
-        dt_softplus=True,
-        reset=reset,
-        valid=valid,
-        implementation=implementation,
-    )
+    carried = None if state is None else state.ssm
+    options = {"config": config, "rank": config.rank(width), "implementation": implementation}
+    y, ssm_state = _heads(params, u, z, ctx, carried, **options)
     y = constrain(y, "batch", "time", "inner")
     y = linear(y, params["out_proj"], "bti,id->btd")
     if config.bias:
@@ -196,7 +236,7 @@ def mix(
 def flops_per_token(config: Mamba, width: int, length: int) -> float:
     """Projections at two per multiply-add, convolution, and 7 per state element for discretise, update and read."""
     del length
-    inner, states, rank = config.inner, config.state, config.rank(width)
+    inner, states, rank = config.inner, config.state, config.rank(width)  # heads split both, and cost the same
     matrices = width * 2 * inner + inner * (rank + 2 * states) + rank * inner + inner * width
     return 2.0 * matrices + 2.0 * config.conv_width * inner + 7.0 * inner * states
 
@@ -211,7 +251,7 @@ register(
         flops_per_token,
         examples=(
             Mamba(inner=32, state=4),
-            Mamba(inner=24, state=5, conv_width=3, dt_rank=3, conv_bias=False, bias=True),
+            Mamba(inner=24, state=5, conv_width=3, dt_rank=3, heads=2, conv_bias=False, bias=True),
         ),
     )
 )

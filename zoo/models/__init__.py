@@ -13,6 +13,7 @@ from zoo.models import (
     matmulfree,
     samba,
     xlstm,
+    zamba,
 )
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
@@ -39,4 +40,5 @@ __all__ = [
     "samba",
     "unroll",
     "xlstm",
+    "zamba",
 ]

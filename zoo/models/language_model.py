@@ -1,7 +1,8 @@
 """The one pattern-driven language model: embed -> residual sublayers -> norm -> head.
 
-An architecture is a pattern of sublayers repeated `repeats` times. Repeats are stacked on a leading `layers` axis and
-run by jax.lax.scan, so compile time grows with the pattern and not with the depth.
+An architecture is a pattern of sublayers repeated `repeats` times, between sublayers that come once (`first`, `last`).
+Repeats are stacked on a leading `layers` axis and run by jax.lax.scan, so compile time grows with the pattern and not
+with the depth. Sublayers may share weights: those stand once in the tree, under `shared`, and every site reads them.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 
 from zoo.core.context import SeqContext, last_valid, next_positions
 from zoo.core.linear import linear, materialise
-from zoo.core.params import Spec, Tree, stack, unstack, update
+from zoo.core.params import LAYERS, Spec, Tree, stack, unstack, update
 from zoo.core.registry import check_choice
 from zoo.core.sharding import constrain
 from zoo.layers import bit_linear, norm
@@ -38,11 +39,27 @@ class Sublayer:
       mixer: config of a registered mixer.
       norm: normalisation before the mixer, or None.
       post_norm: normalisation of the mixer's output, or None.
+      reads_embedding: norm and mixer get [x, e] of width 2 D, where e are the embeddings of the same tokens, as they
+        went into the first layer; the output still has D channels.
+      aside: the step is input of the next sublayer alone, mixer(norm(x + step)), and x stays as it is.
+      share: name of a set of weights. Sublayers that give the same name have one set of parameters, but for what
+        `MixerType.own` leaves to each site; the gradient of the set is the sum over its sites. States are the sites'.
     """
 
     mixer: Any
     norm: Norm | None = Norm()
     post_norm: Norm | None = None
+    reads_embedding: bool = False
+    aside: bool = False
+    share: str | None = None
+
+    def __post_init__(self):
+        if self.share is None:
+            return
+        if not self.share or "/" in self.share:
+            raise ValueError(f"Sublayer.share={self.share!r} must be None or a name without '/'")
+        if mixer_of(self.mixer).across_layers:
+            raise ValueError(f"Sublayer.share={self.share!r}: {mixer_of(self.mixer).name} depends on its layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +71,7 @@ class LanguageModelConfig:
       width: D.
       pattern: the sublayers of one repeat.
       repeats: how often the pattern is repeated.
+      first, last: sublayers before and after the repeats, once each; for depths that no pattern divides.
       final_norm: normalisation before the head, or None.
       tied: the head is the transposed embedding.
       head_bit_eps: not None makes the head a BitLinear (ternary weight, int8 input) with this epsilon in its norm.
@@ -83,6 +101,8 @@ class LanguageModelConfig:
     param_dtype: str = "float32"
     residual_dtype: str = "float32"
     remat: str = "none"
+    first: tuple[Sublayer, ...] = ()
+    last: tuple[Sublayer, ...] = ()
 
     def __post_init__(self):
         check_choice("remat", self.remat, REMAT)
@@ -95,20 +115,48 @@ class LanguageModelConfig:
             raise ValueError("pattern must hold at least one Sublayer")
         if self.tied and self.head_bit_eps is not None:
             raise ValueError(f"head_bit_eps={self.head_bit_eps} needs tied=False: an embedding is not ternary")
-        for sublayer in self.pattern:
-            mixer_of(sublayer.mixer)
+        shared: dict[str, Sublayer] = {}
+        for stage, sublayers in (("first", self.first), ("pattern", self.pattern), ("last", self.last)):
+            for sublayer in sublayers:
+                if mixer_of(sublayer.mixer).across_layers and stage != "pattern":
+                    raise ValueError(f"{stage}: {mixer_of(sublayer.mixer).name} depends on its layer of the repeats")
+                name = sublayer.share
+                if name is not None and shared.setdefault(name, sublayer) != sublayer:
+                    raise ValueError(f"sublayers with share={name!r} must be equal: {shared[name]} and {sublayer}")
+            if sublayers and sublayers[-1].aside:
+                raise ValueError(f"{stage}: the last sublayer has aside=True, and no sublayer that follows it")
 
     def sublayers(self) -> dict[str, Sublayer]:
         """The pattern by name: "0_mamba", "1_mlp", ..."""
-        return {f"{i}_{mixer_of(s.mixer).name}": s for i, s in enumerate(self.pattern)}
+        return _named(self.pattern)
+
+    def stages(self) -> dict[str, dict[str, Sublayer]]:
+        """Sublayers by name, under "first", "layers" (the pattern) and "last", where there are any."""
+        stages = {"first": self.first, LAYERS: self.pattern, "last": self.last}
+        return {stage: _named(sublayers) for stage, sublayers in stages.items() if sublayers}
+
+    def in_order(self) -> list[tuple[str, tuple[int, ...], Sublayer]]:
+        """Every sublayer in the order of the computation: path in the tree, index of the repeat, (i,) or (), config."""
+        order: list[tuple[str, tuple[int, ...], Sublayer]] = []
+        for stage, sublayers in self.stages().items():
+            for index in [(i,) for i in range(self.repeats)] if stage == LAYERS else [()]:
+                order += [(f"{stage}/{name}", index, sub) for name, sub in sublayers.items()]
+        return order
+
+
+def _named(sublayers: tuple[Sublayer, ...]) -> dict[str, Sublayer]:
+    return {f"{i}_{mixer_of(s.mixer).name}": s for i, s in enumerate(sublayers)}
 
 
 @flax.struct.dataclass
 class LanguageModelState:
-    """Attributes: next_position int32[B]; layers, states by sublayer name, each stacked over repeats."""
+    """Attributes: next_position int32[B]; layers, states by sublayer name, each stacked over repeats; first and last,
+    states by sublayer name."""
 
     next_position: Any
     layers: Any
+    first: Any = flax.struct.field(default_factory=dict)
+    last: Any = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -121,26 +169,54 @@ class LanguageModelOutput:
     aux: dict[str, Any]
 
 
+def _sublayer_specs(sub: Sublayer, width: int) -> Tree:
+    """Specs {mixer, norm, post_norm} of one sublayer by itself."""
+    inputs = 2 * width if sub.reads_embedding else width
+    specs = {"mixer": mixer_of(sub.mixer).param_specs(sub.mixer, inputs)}
+    for key, n, size in (("norm", sub.norm, inputs), ("post_norm", sub.post_norm, width)):
+        if n is not None and (scale := norm.param_specs(n, (size,), ("embed",))):
+            specs[key] = scale
+    return specs
+
+
+def _split(sub: Sublayer, tree: Tree) -> tuple[Tree, Tree]:
+    """(what the site keeps, what it shares) of a sublayer's tree; `_join` is the inverse."""
+    if sub.share is None:
+        return tree, {}
+    own = {name: leaf for name, leaf in tree["mixer"].items() if name in mixer_of(sub.mixer).own}
+    rest = {name: leaf for name, leaf in tree["mixer"].items() if name not in own}
+    return {"mixer": own} if own else {}, {**tree, "mixer": rest}
+
+
+def _join(own: Tree, shared: Tree | None) -> Tree:
+    if shared is None:
+        return own
+    return {**shared, "mixer": {**shared["mixer"], **own.get("mixer", {})}}
+
+
 def param_specs(config: LanguageModelConfig) -> Tree:
-    """Specs: embedding [Z, D], layers/<sublayer>/{norm, mixer, post_norm} (stacked), final_norm, head [D, Z] (or
-    head/{norm_scale, weight})."""
+    """Specs: embedding [Z, D], layers/<sublayer>/{norm, mixer, post_norm} (stacked), the same under first and last and,
+    once per set of weights, shared/<name>; final_norm, head [D, Z] (or head/{norm_scale, weight})."""
     width, dtype = config.width, config.param_dtype
-    layer: dict[str, Any] = {}
-    for name, sub in config.sublayers().items():
-        layer[name] = {"mixer": mixer_of(sub.mixer).param_specs(sub.mixer, width)}
-        for key, n in (("norm", sub.norm), ("post_norm", sub.post_norm)):
-            if n is not None and (specs := norm.param_specs(n, (width,), ("embed",))):
-                layer[name][key] = specs
     normal = jax.nn.initializers.normal
-    specs = {
+    specs: dict[str, Any] = {
         "embedding": Spec(
             (config.vocab_size, width),
             ("vocab", "embed"),
             normal(config.embedding_init_std),
             tags=frozenset({"embedding"}),
-        ),
-        "layers": stack(layer, config.repeats),
+        )
     }
+    shared: dict[str, Tree] = {}
+    for stage, sublayers in config.stages().items():
+        layer: dict[str, Tree] = {}
+        for name, sub in sublayers.items():
+            layer[name], common = _split(sub, _sublayer_specs(sub, width))
+            if sub.share is not None:
+                shared[sub.share] = common
+        specs[stage] = stack(layer, config.repeats) if stage == LAYERS else layer
+    if shared:
+        specs["shared"] = shared
     if config.final_norm is not None and (final := norm.param_specs(config.final_norm, (width,), ("embed",))):
         specs["final_norm"] = final
     if not config.tied:
@@ -173,14 +249,12 @@ def state_specs(
     if batch_size < 1 or max_length < 1:
         raise ValueError(f"batch_size and max_length must be >= 1, got {batch_size} and {max_length}")
     dtype = jnp.dtype(config.dtype if dtype is None else dtype)
-    layers = {
-        name: mixer_of(sub.mixer).state_specs(sub.mixer, batch_size, max_length, dtype)
-        for name, sub in config.sublayers().items()
+    stages = {
+        stage: {name: mixer_of(s.mixer).state_specs(s.mixer, batch_size, max_length, dtype) for name, s in subs.items()}
+        for stage, subs in config.stages().items()
     }
-    return LanguageModelState(
-        next_position=Spec((batch_size,), ("batch",), dtype=jnp.int32),
-        layers=stack(layers, config.repeats),
-    )
+    stages[LAYERS] = stack(stages[LAYERS], config.repeats)
+    return LanguageModelState(next_position=Spec((batch_size,), ("batch",), dtype=jnp.int32), **stages)
 
 
 def unroll(tree: Tree, config: LanguageModelConfig) -> Tree:
@@ -194,16 +268,24 @@ def unroll(tree: Tree, config: LanguageModelConfig) -> Tree:
     return {**tree, "layers": unstack(tree["layers"], config.repeats)}
 
 
-def _sublayer(params, x, ctx, state, *, sub: Sublayer, config: LanguageModelConfig, implementation):
-    h = x if sub.norm is None else norm.apply(params.get("norm", {}), x, config=sub.norm)
+def _sublayer(params, x, aside, embedding, ctx, state, *, sub: Sublayer, config: LanguageModelConfig, implementation):
+    """(x, what the next sublayer reads beside it or None, new state) after one sublayer."""
+    h = x if aside is None else x + aside
+    if sub.reads_embedding:
+        h = jnp.concatenate([h, embedding], axis=-1)
+    h = h if sub.norm is None else norm.apply(params.get("norm", {}), h, config=sub.norm)
     y, new_state = mixer_of(sub.mixer).mix(
         params["mixer"], h.astype(config.dtype), ctx, state, config=sub.mixer, implementation=implementation
     )
+    if y.shape != x.shape:
+        raise ValueError(f"{mixer_of(sub.mixer).name} gives {y.shape[-1]} channels, the model has width {config.width}")
     if sub.post_norm is not None:
         y = norm.apply(params.get("post_norm", {}), y, config=sub.post_norm)
     y = y.astype(x.dtype)
-    x = x + (y if config.residual_scale == 1.0 else y * config.residual_scale)
-    return constrain(x, "batch", "time", "embed"), new_state
+    y = y if config.residual_scale == 1.0 else y * config.residual_scale
+    if sub.aside:
+        return x, constrain(y, "batch", "time", "embed"), new_state
+    return constrain(x + y, "batch", "time", "embed"), None, new_state
 
 
 def _across_layers(layers: Any, config: LanguageModelConfig) -> Any:
@@ -224,30 +306,44 @@ def _across_layers(layers: Any, config: LanguageModelConfig) -> Any:
 
 
 def _run_layers(params, x, ctx, state, config, implementation):
-    sublayers = config.sublayers()
+    """x after all stages, and {stage: new state}."""
+    embedding, shared = x, params.get("shared", {})
 
-    def repeat(x, layer):
-        layer_params, layer_state = layer
-        new = {}
-        for name, sub in sublayers.items():
-            sub_state = None if layer_state is None else layer_state[name]
-            x, new[name] = _sublayer(
-                layer_params[name], x, ctx, sub_state, sub=sub, config=config, implementation=implementation
-            )
-        return x, new
+    def stage_of(sublayers: dict[str, Sublayer], scanned: bool):
+        def run(x, layer):
+            (layer_params, layer_state), aside, new = layer, None, {}
+            for name, sub in sublayers.items():
+                own = _join(layer_params.get(name, {}), None if sub.share is None else shared[sub.share])
+                sub_state = None if layer_state is None else layer_state[name]
+                options = {"sub": sub, "config": config, "implementation": implementation}
+                x, aside, new[name] = _sublayer(own, x, aside, embedding, ctx, sub_state, **options)
+            return x, new
 
-    if config.remat != "none":
-        repeat = jax.checkpoint(repeat, policy=REMAT[config.remat], prevent_cse=False)
-    layers = _across_layers(params["layers"], config)
-    if not isinstance(layers, tuple):
-        return jax.lax.scan(repeat, x, (layers, state))
-    if state is not None and not isinstance(state, tuple):
-        raise ValueError("unrolled parameters need an unrolled state: zoo.unroll(state, model.config)")
-    new_states = []
-    for i, layer_params in enumerate(layers):
-        x, new = repeat(x, (layer_params, None if state is None else state[i]))
-        new_states.append(new)
-    return x, tuple(new_states)
+        if config.remat == "none":
+            return run
+        # Outside a loop XLA would find the recomputed values equal to the first ones, and keep those.
+        return jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=not scanned)
+
+    new_states: dict[str, Any] = {}
+    for stage, sublayers in config.stages().items():
+        layers = params[stage]
+        run = stage_of(sublayers, scanned=stage == LAYERS and not isinstance(layers, tuple))
+        carried = None if state is None else getattr(state, stage)
+        if stage != LAYERS:
+            x, new_states[stage] = run(x, (layers, carried))
+            continue
+        layers = _across_layers(layers, config)
+        if not isinstance(layers, tuple):
+            x, new_states[stage] = jax.lax.scan(run, x, (layers, carried), length=config.repeats)
+            continue
+        if carried is not None and not isinstance(carried, tuple):
+            raise ValueError("unrolled parameters need an unrolled state: zoo.unroll(state, model.config)")
+        new = []
+        for i, layer_params in enumerate(layers):
+            x, new_state = run(x, (layer_params, None if carried is None else carried[i]))
+            new.append(new_state)
+        new_states[stage] = tuple(new)
+    return x, new_states
 
 
 def head(
@@ -317,7 +413,7 @@ def apply(
     if config.embedding_scale != 1.0:
         x = x * config.embedding_scale
     x = constrain(x, "batch", "time", "embed")
-    x, layers = _run_layers(params, x, ctx, None if state is None else state.layers, config, implementation)
+    x, stages = _run_layers(params, x, ctx, state, config, implementation)
     if config.final_norm is not None:
         x = norm.apply(params.get("final_norm", {}), x, config=config.final_norm)
     hidden = x.astype(config.dtype)
@@ -327,7 +423,7 @@ def apply(
         read = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     return LanguageModelOutput(
         logits=None if logits == "none" else head(params, read, config=config, implementation=implementation),
-        state=LanguageModelState(next_position=next_positions(ctx, start), layers=layers),
+        state=LanguageModelState(next_position=next_positions(ctx, start), **stages),
         aux={"hidden": hidden},
     )
 
@@ -347,16 +443,24 @@ def _check_capacity(state, length: int, ctx: SeqContext | None, config: Language
 
 def capacity(state: LanguageModelState, config: LanguageModelConfig) -> int | None:
     """Positions that a state can hold; None when nothing in it grows with the sequence."""
-    layers = state.layers[0] if isinstance(state.layers, tuple) else state.layers
-    slots = [
-        layers[name].positions.shape[-1]
-        for name, sub in config.sublayers().items()
-        if getattr(sub.mixer, "window", 0) is None
-    ]
+    slots = []
+    for stage, sublayers in config.stages().items():
+        states = getattr(state, stage)
+        states = states[0] if isinstance(states, tuple) else states
+        slots += [
+            states[name].positions.shape[-1]
+            for name, sub in sublayers.items()
+            if getattr(sub.mixer, "window", 0) is None
+        ]
     return min(slots, default=None)
 
 
 def flops_per_token(config: LanguageModelConfig, length: int) -> float:
     """Forward FLOPs per token at context `length`: every sublayer, and the head."""
-    layer = sum(mixer_of(s.mixer).flops_per_token(s.mixer, config.width, length) for s in config.pattern)
-    return config.repeats * layer + 2.0 * config.width * config.vocab_size
+    total = 2.0 * config.width * config.vocab_size
+    for stage, sublayers in config.stages().items():
+        for sub in sublayers.values():
+            inputs = 2 * config.width if sub.reads_embedding else config.width
+            once = mixer_of(sub.mixer).flops_per_token(sub.mixer, inputs, length)
+            total += once * (config.repeats if stage == LAYERS else 1)
+    return total

@@ -151,11 +151,13 @@ def describe(name: str | Model, lengths: tuple[int, ...] = (1024, 32768, 1048576
     """
     model = create(name) if isinstance(name, str) else name
     config, specs = model.config, model.param_specs()
-    pattern = " ".join(key.partition("_")[2] for key in config.sublayers())
+    stages = {stage: " ".join(key.partition("_")[2] for key in subs) for stage, subs in config.stages().items()}
     total = params_lib.count(specs)
     lines = [
         f"{model.name}  (family {model.family})",
-        f"  pattern      ({pattern}) x {config.repeats}, width {config.width}, vocabulary {config.vocab_size}",
+        f"  pattern      ({stages.pop('layers')}) x {config.repeats}, width {config.width}, "
+        f"vocabulary {config.vocab_size}",
+        *(f"  {stage:<12} ({mixers})" for stage, mixers in stages.items()),
         f"  parameters   {total:,} ({total / 1e6:.1f}M)",
         f"  {'length':>10}  {'forward FLOPs/token':>20}  {'state bytes/row':>16}",
     ]
@@ -167,7 +169,7 @@ def describe(name: str | Model, lengths: tuple[int, ...] = (1024, 32768, 1048576
     groups: dict[str, int] = {}
     for path, spec in params_lib.flatten(specs).items():
         parts = path.split("/")
-        group = "/".join(parts[:2]) if parts[0] == "layers" else parts[0]
+        group = "/".join(parts[:2]) if parts[0] in ("first", "layers", "last", "shared") else parts[0]
         groups[group] = groups.get(group, 0) + spec.size
     lines += [f"  {group:<28}  {size:>15,}" for group, size in groups.items()]
     return "\n".join(lines)
