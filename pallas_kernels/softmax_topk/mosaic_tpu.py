@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, interpret
+from pallas_kernels.tiles import LANES
 
-LANES = 128
 SUBLANES = 8
 UNROLL = 16  # chunks per loop step
 _GROUP = 32  # rows whose accumulators a loop keeps in registers
