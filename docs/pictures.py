@@ -159,9 +159,9 @@ PICTURES = {
     "softmax_topk": Picture(
         grid=("row blocks", "column blocks ->"),
         read=("logits [128 rows, columns]",),
-        kept=("maximum, sum [rows, 128 lanes];", "the 128 best of each row, sorted,", "in the blocks of results"),
+        kept=("maximum, sum [rows, 128 lanes];", "the k best of each row, sorted,", "in the blocks of results"),
         scalars=(),
-        work=("per lane: maximum, sum, and the", "block's two largest; merged only", "where one beats the k-th best"),
+        work=("per lane: maximum, sum, and the", "block's two largest; one by one", "they enter while above the k-th"),
         written=("sum [rows, 1]", "values, indices [128, rows]"),
         floor="HBM: one read of the logits",
     ),

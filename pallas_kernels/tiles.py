@@ -1,4 +1,4 @@
-"""What TPU kernels that walk over time share: tiles of eight tokens, their masks, and blocks of channels.
+"""What TPU kernels share: tiles of eight tokens, their masks, blocks of channels, and products of matrices.
 
 A float32 register holds eight tokens of 128 channels, a bfloat16 one sixteen: kernels load steps of sixteen tokens and
 compute on float32 tiles of eight. The masks of a tile are bits of scalars, eight each, so documents and padding cost a
@@ -69,3 +69,15 @@ def load(ref, step) -> list[jax.Array]:
 def store(ref, step, tiles: list[jax.Array]) -> None:
     """Writes what `load` reads, in the dtype of the reference."""
     ref[pl.ds(pl.multiple_of(step * STEP, STEP), STEP), :] = jnp.concatenate(tiles, axis=0).astype(ref.dtype)
+
+
+def contract(a, b, a_axis: int, b_axis: int) -> jax.Array:
+    """float32 product of two matrices over an axis of each; float32 operands keep their precision."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def as_column(row, lanes: int) -> jax.Array:
+    """[1, n] -> [n, lanes], every lane the same."""
+    return jnp.broadcast_to(row, (lanes, row.shape[1])).T

@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.tiles import LANES, as_column, contract
 
-LANES = 128
 VMEM_LIMIT = 16 * 2**20  # what v5e grants a kernel by default
 _MAX_WIDTH = 1024
 _Q_PAD, _KV_PAD = -2, -1  # documents of padding: they differ, so that padding sees no padding
@@ -193,22 +193,10 @@ def _call(body, masked, chunk, _):
     body(chunk, masked)
 
 
-def contract(a, b, a_axis: int, b_axis: int) -> jax.Array:
-    """float32 product of two matrices over an axis of each; float32 operands keep their precision."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
 def widen(x, width: int) -> jax.Array:
     """A row statistic [rows, lanes], equal along its lanes, as [rows, width]."""
     copies = -(-width // x.shape[1])
     return jnp.concatenate([x] * copies, axis=1)[:, :width] if copies > 1 else x[:, :width]
-
-
-def as_column(row, lanes: int) -> jax.Array:
-    """[1, n] -> [n, lanes], every lane the same."""
-    return jnp.broadcast_to(row, (lanes, row.shape[1])).T
 
 
 def as_row(column) -> jax.Array:

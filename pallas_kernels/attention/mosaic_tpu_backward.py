@@ -16,20 +16,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.attention.mosaic_tpu import (
-    LANES,
     VMEM_LIMIT,
     Band,
     Blocks,
     Layout,
     Scores,
-    as_column,
-    contract,
     document_specs,
     for_row_chunks,
     layout,
     query_specs,
     widen,
 )
+from pallas_kernels.tiles import LANES, as_column, contract
 
 # Of VMEM, beside what v5e grants a kernel by default; v5e and v6e have 128 MiB, v5p has 64.
 RING_LIMIT = 16 * 2**20

@@ -15,9 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.attention import mosaic_tpu
-from pallas_kernels.attention.mosaic_tpu import LANES, VMEM_LIMIT, as_column, contract, widen
+from pallas_kernels.attention.mosaic_tpu import VMEM_LIMIT, widen
 from pallas_kernels.attention.reference import visible
 from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.tiles import LANES, as_column, contract
 
 MAX_ROWS = 256  # of scores; beyond, products with other heads cost more than reading the slots
 _TOKEN_BITS = 24  # a column's mark: bit t says that token t sees the slot; above stands the key head

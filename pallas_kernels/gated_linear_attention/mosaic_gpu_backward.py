@@ -128,13 +128,17 @@ def _decay_gradient(lay: Layout, flows, log_decay, reset, valid) -> jax.Array:
     The gradient at a token is the sum over all pairs of a source before and a target at or after it of what the source
     contributes to the loss through the target: of targets and sources within the step less sources at or after
     the token, which leave it; of sources before the token that depart to the state after the step; and of what passes
-    through the step from state to state.
+    through the step from state to state. Targets and sources are summed up to the end of the document: what cancels
+    behind it would leave rounding errors.
     """
     flows = flows.reshape(flows.shape[0], lay.heads, lay.parts, lay.steps, 4, STEP).sum(axis=2)
     within = flows[..., ARRIVING, :] - flows[..., LEAVING, :]
     departing = flows[..., DEPARTING, :]
     before = jnp.concatenate([jnp.zeros_like(departing[..., :1]), departing[..., :-1]], axis=-1)
-    grad = jax.lax.cumsum(within, axis=within.ndim - 1, reverse=True) + jnp.cumsum(before, axis=-1)
+    index = lay.documents(reset, flows.shape[0])
+    follows = jnp.tri(STEP, dtype=bool).T & (index[..., :, None] == index[..., None, :])
+    within = jnp.where(follows[:, None], within[..., None, :], 0.0).sum(axis=-1)
+    grad = within + jnp.cumsum(before, axis=-1)
     grad = grad + flows[..., PASSING, :].sum(axis=-1, keepdims=True)
     grad = jnp.swapaxes(grad.reshape(*grad.shape[:2], -1), 1, 2)[:, : lay.length]
     grad = where_it_moves(grad, reset, valid)

@@ -42,7 +42,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
     wide,
 )
 from pallas_kernels.warpgroup import walk
-from pallas_kernels.wgmma import MATRIX, ROWS, across, full, load, matrix_ref, multiply
+from pallas_kernels.wgmma import COLUMNS, MATRIX, ROWS, across, full, load, matrix_ref, multiply
 
 
 def _kernel(lay: Layout, scale: float, *refs):
@@ -132,12 +132,15 @@ def _sum_over(taken: jax.Array, x: jax.Array, ref) -> jax.Array:
 
 
 def _scores_kernel(lay: Layout, *refs):
-    q_ref, k_ref, high_ref, low_ref, dscores_ref, until_ref, after_ref, dq_ref, dk_ref, dg_ref, *refs = refs
-    *buffers, dscores, x, flow, barrier, arrived = refs
+    q_ref, k_ref, high_ref, low_ref, dscores_ref, until_ref, after_ref, documents_ref, *refs = refs
+    dq_ref, dk_ref, dg_ref, *buffers, dscores, x, flow, documents, barrier, arrived = refs
     b, g, step = (jax.lax.axis_index(name) for name in ("batch", "group", "step"))
     tokens, rows = Tokens(), pl.ds(step * STEP, STEP)
     plgpu.copy_gmem_to_smem(dscores_ref.at[b, g, step], dscores, arrived)
+    plgpu.copy_gmem_to_smem(documents_ref.at[b, step], documents, arrived)
     plgpu.barrier_wait(arrived)
+    # What cancels behind the end of a document would leave rounding errors.
+    together = across(load(documents, ROWS), SQUARE, 0) == across(load(documents, COLUMNS), SQUARE, 1)
     itself = jnp.sum(jnp.where(tokens.differ == 0, wide(dscores), 0.0), axis=1)
 
     def at(ref, block):
@@ -164,7 +167,7 @@ def _scores_kernel(lay: Layout, *refs):
         dq += decay(high, low, tokens.upto) * load_state(until_ref.at[b, g, rows, columns])
         departing = decay(high, low, ~tokens.upto) * load_state(after_ref.at[b, g, rows, columns])
         q, k = wide(q_smem), wide(k_smem)
-        dg = _sum_over(tokens.j >= tokens.i, q * dq - k * dk, flow)
+        dg = _sum_over((tokens.j >= tokens.i) & together, q * dq - k * dk, flow)
         dg_ref.at[b, g, rows, columns][...] = dg + _sum_over(tokens.j < tokens.i, k * departing, flow)
         diagonal = across(itself, SQUARE, 0)
         q_smem[...] = (dq + diagonal * k).astype(q_smem.dtype)
@@ -178,25 +181,27 @@ def _scores_kernel(lay: Layout, *refs):
     walk(lay.key // STEP, SLOTS, barrier, fetch, body, store, None, in_place=True)
 
 
-def _through_scores(lay: Layout, q, k, high, low, dscores, until, after):
+def _through_scores(lay: Layout, q, k, high, low, dscores, until, after, documents):
     """Gradients of q, k [B, time, G, K] and, but for what passes through steps, of log decays [B, G, time, K].
 
     Args:
       q, k, high, low: as of `prepare`.
       dscores: [B, G, steps, 64, 64] gradients of the scores, symmetric.
       until, after: float32 [B, G, time, K] gradients of the decayed queries and keys.
+      documents: as of `Layout.documents`.
     """
     scratch = [
         *[matrix_ref((SLOTS, *SQUARE), x.dtype) for x in (q, k, high, low)],
         *[matrix_ref(SQUARE, q.dtype)] * 2,
         matrix_ref(SQUARE, jnp.bfloat16),
+        plgpu.SMEM((STEP,), jnp.float32),
         plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
-        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=2),
     ]
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, until)]
     grid = {"step": lay.steps, "group": lay.groups, "batch": q.shape[0]}
     run = kernel("channel_scores_backward", functools.partial(_scores_kernel, lay), out_type, scratch, grid)
-    return run(q, k, high, low, dscores, until, after)
+    return run(q, k, high, low, dscores, until, after, documents)
 
 
 def _products(lay: Layout, dy, v, states, dstates, seen, scale: float):
@@ -228,7 +233,7 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     arrays = (until, after, dy, within, whole, states, xla.flat(dstate, lay.groups))
     dv, dstates, passing, dbefore = _over_time(lay, *arrays, scale)
     products = _products(lay, dy, values, states, dstates, seen, scale)
-    dq, dk, dg = _through_scores(lay, queries, keys, high, low, *products)
+    dq, dk, dg = _through_scores(lay, queries, keys, high, low, *products, lay.documents(reset, batch))
     dg = dg.reshape(batch, lay.groups, lay.steps, STEP, lay.key) + passing[:, :, :, None]
     dg = jnp.swapaxes(dg.reshape(batch, lay.groups, -1, lay.key), 1, 2)[:, : lay.length]
     dbefore = None if state is None else xla.unflat(dbefore, lay.heads // lay.groups)

@@ -100,6 +100,12 @@ class Layout(NamedTuple):
         whole = jnp.broadcast_to(until[..., -1:], g.shape)
         return jnp.stack([high, middle, g - high - middle, until, after, whole], axis=-2)
 
+    def documents(self, reset, batch: int) -> jax.Array:
+        """Number of resets in the step up to each token, float32 [B, steps, 64]."""
+        if reset is None:
+            return jnp.zeros((batch, self.steps, STEP), jnp.float32)
+        return jnp.cumsum(self.whole_steps(reset).reshape(batch, self.steps, STEP), axis=-1, dtype=jnp.float32)
+
     def outputs(self, batch: int, dtype: Any, save: bool) -> list[jax.ShapeDtypeStruct]:
         """What a forward kernel writes: y as of `columns`, the new state, and, to `save`, the states at boundaries."""
         shapes = [(self.state, jnp.float32)] + [((self.boundaries, *self.state), jnp.float32)] * save

@@ -25,7 +25,7 @@ MAX_CHUNK = 256  # 256 * 1024 * 64 is 2 ** 24: coarse sums are exact to there
 class Gates(NamedTuple):
     """Float32 [B, H, N, C] numbers of the N chunks of C tokens; tokens behind the end count as padding."""
 
-    coarse: jax.Array  # sum of lf from the chunk's first token to this one, in multiples of QUANTUM
+    coarse: jax.Array  # sum of lf from the chunk's or document's first token to this one, in multiples of QUANTUM
     fine: jax.Array  # what is left of that sum
     log_input: jax.Array  # the input gate's pre-activation; NEVER at padding
     m: jax.Array  # the stabiliser after the token
@@ -41,7 +41,9 @@ def _by_chunk(x, chunk: int, fill):
 
 
 def _shift(x, steps: int, fill: float):
-    """Moves the last axis by `steps` to the right."""
+    """Moves the last axis by `steps` to the right, or to the left where negative."""
+    if steps < 0:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -steps)], constant_values=fill)[..., -steps:]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(steps, 0)], constant_values=fill)[..., : x.shape[-1]]
 
 
@@ -76,6 +78,27 @@ def _logs(i, f, m, reset, valid, chunk: int):
     return log_input, log_forget, jnp.maximum(most, arriving), arriving
 
 
+def _documents(reset, chunk: int):
+    """Number of resets in the chunk up to each token, int32 [B, 1, N, C]; None without resets."""
+    return None if reset is None else jnp.cumsum(_by_chunk(reset[..., None], chunk, False), axis=-1, dtype=jnp.int32)
+
+
+def _sums(x, document, reverse: bool = False):
+    """Sums of x [B, H, N, C] from the first token of the chunk's document, or to the last one, to or from each token.
+
+    Sums that run over several documents are right but for rounding: what lies in the others cancels. Documents must
+    not meet even so.
+    """
+    if document is None:
+        return lax.cumsum(x, axis=3, reverse=reverse)
+    steps = 1
+    while steps < x.shape[-1]:
+        move = functools.partial(_shift, steps=-steps if reverse else steps)
+        x = x + jnp.where(move(document, fill=-1) == document, move(x, fill=0.0), 0.0)
+        steps *= 2
+    return x
+
+
 def prepare(i, f, m, reset, valid, chunk: int) -> Gates:
     """The gates by chunk.
 
@@ -89,32 +112,13 @@ def prepare(i, f, m, reset, valid, chunk: int) -> Gates:
     """
     log_input, log_forget, m, arriving = _logs(i, f, m, reset, valid, chunk)
     coarse = jnp.round(log_forget / QUANTUM) * QUANTUM
-    coarse, fine = (jnp.cumsum(x, axis=-1) for x in (coarse, log_forget - coarse))
+    document = _documents(reset, chunk)
+    coarse, fine = (_sums(x, document) for x in (coarse, log_forget - coarse))
     outer = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine) + (log_input - m[..., -1:])
-    document = None
-    if reset is not None:
-        document = jnp.cumsum(_by_chunk(reset[..., None], chunk, False), axis=-1, dtype=jnp.int32)
+    if document is not None:
         outer = jnp.where(document == document[..., -1:], outer, NEVER)
         document = jnp.broadcast_to(document, m.shape)
     return Gates(coarse, fine, log_input, m, jnp.exp(arriving - m), jnp.exp(outer), document)
-
-
-def _suffix(x, reset, chunk: int):
-    """Sums of x [B, H, N, C] from each token to the last one of its document in the chunk.
-
-    A sum that runs on into a later document is right but for rounding: what that one sends and receives cancels. The
-    gradients of documents must not meet even so.
-    """
-    if reset is None:
-        return lax.cumsum(x, axis=3, reverse=True)
-    document = jnp.cumsum(_by_chunk(reset[..., None], chunk, False), axis=-1, dtype=jnp.int32)
-    steps = 1
-    while steps < x.shape[-1]:
-        later = [(0, 0)] * 3 + [(0, steps)]
-        same = jnp.pad(document, later, constant_values=-1)[..., steps:] == document
-        x = x + jnp.where(same, jnp.pad(x, later)[..., steps:], 0.0)
-        steps *= 2
-    return x
 
 
 def pull(i, f, m, reset, valid, chunk: int, flows, dm_last):
@@ -141,7 +145,7 @@ def pull(i, f, m, reset, valid, chunk: int, flows, dm_last):
     """
     leaving, crossing, departing, dm, passing = flows
     (_, log_forget, _, _), pullback = jax.vjp(functools.partial(_logs, reset=reset, valid=valid, chunk=chunk), i, f, m)
-    suffix = _suffix(crossing, reset, chunk)
+    suffix = _sums(crossing, _documents(reset, chunk), reverse=True)
     before = jnp.cumsum(departing, axis=-1) - departing
     dlog_forget = suffix + before + passing[..., None]
     if reset is not None:

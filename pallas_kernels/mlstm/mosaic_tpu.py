@@ -20,8 +20,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import interpret
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mlstm import gates, xla
+from pallas_kernels.tiles import LANES
 
-LANES = 128
 ROWS = 8  # numbers per token
 COARSE, FINE_M, UNIT, LEAST, INTER, OUTER, DOCUMENT, INPUT_FINE = range(ROWS)
 VMEM_LIMIT = 64 * 2**20  # of 128 MiB; the default of 16 does not hold C, its boundaries and their copies

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.chunks import over_chunks
 from pallas_kernels.mlstm import gates
 from pallas_kernels.mlstm.gates import Gates
 
@@ -162,25 +163,6 @@ def _chunk_backward(t: Chunk, C, n, y, dy, dC, dn, eps: float):
     return dq + dq_in, dk + dk_out, dv + dv_out, flows, dC, dn
 
 
-def _over_chunks(length: int, chunk: int, body, carry, *, reverse: bool = False):
-    """Runs carry = body(index, start, size, carry) over the chunks; the last one may be shorter."""
-    full, tail = divmod(length, chunk)
-    if tail and reverse:
-        carry = body(full, full * chunk, tail, carry)
-    if full == 1:
-        carry = body(0, 0, chunk, carry)
-    elif full:
-
-        def at(i, carry):
-            i = full - 1 - i if reverse else i
-            return body(i, i * chunk, chunk, carry)
-
-        carry = lax.fori_loop(0, full, at, carry)
-    if tail and not reverse:
-        carry = body(full, full * chunk, tail, carry)
-    return carry
-
-
 def initial(q, v, C, n, m):
     """The state to start from: that given, or zeros."""
     if C is not None:
@@ -232,7 +214,7 @@ def forward(q, k, v, i, f, C, n, m, reset, valid, *, scale: float, eps: float, c
     boundaries = None
     if save:
         boundaries = tuple(jnp.zeros((s.shape[0], g.m.shape[2], *s.shape[1:]), jnp.float32) for s in (C, n))
-    C, n, y, boundaries = _over_chunks(length, chunk_size, body, (C, n, _tokens(jnp.zeros_like(v)), boundaries))
+    C, n, y, boundaries = over_chunks(length, chunk_size, body, (C, n, _tokens(jnp.zeros_like(v)), boundaries))
     return y.array, C, n, g.m[..., -1, -1], boundaries
 
 
@@ -265,7 +247,7 @@ def backward(
     out = tuple(_tokens(jnp.zeros_like(x)) for x in (q, k, v))
     flows = (*(jnp.zeros_like(g.m) for _ in range(4)), jnp.zeros_like(g.m[..., 0]))
     carry = (dC, dn, out, flows)
-    dC, dn, out, flows = _over_chunks(length, chunk_size, body, carry, reverse=True)
+    dC, dn, out, flows = over_chunks(length, chunk_size, body, carry, reverse=True)
     out = [x.array for x in out]
     di, df, dm = gates.pull(i, f, m_first, reset, valid, chunk_size, flows, dm)
     if C is None:

@@ -4,13 +4,14 @@ The grid walks rows (parallel) and blocks of columns (in order). A block is seen
 
 1. One pass keeps, per lane, the running maximum and sum of the softmax, and of the block's entries the two largest,
    their chunks, and the value of the third. Lanes meet only when the row is finished.
-2. If an entry beats the k-th best so far, the largest entries of the 128 lanes are sorted and merged into the sorted
-   list of the 128 best. Only if a lane's next entry may beat the new k-th best do the next entries of all lanes follow,
-   from the third on by a search of the block, until none does: exact for any input, one or two merges for most blocks.
+2. In rounds, the best entry that the lanes still hold goes into the sorted list of the row's k best, and its lane moves
+   on to its next entry, until in none of 128 rows an entry would enter the list. If a lane that gave its two entries
+   away holds a third that may enter, a search of the block finds the next of all lanes, and rounds follow again.
 
-Candidates are ordered by (value descending, column ascending), so the order of lanes and chunks never shows. Sorting
-has rows on lanes (hence 128 rows a block) and candidates on sublanes and vector registers: position p of the order is
-sublane p // 16 of register p % 16, so most stages of the sorting network exchange whole registers.
+So any input is exact; how many rounds and searches a block takes depends on its entries: behind the first blocks few
+enter. Entries are ordered by (value descending, column ascending), so the order of lanes and chunks never shows. Rounds
+have rows on lanes and the list on sublanes and vector registers: position p of R registers is sublane p // R of
+register p % R, so that making room moves whole registers.
 """
 
 import functools
@@ -22,17 +23,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, interpret
+from pallas_kernels.tiles import LANES
 
-LANES = 128
 SUBLANES = 8
-REGISTERS = LANES // SUBLANES
-UNROLL = 8  # chunks per loop step
+UNROLL = 16  # chunks per loop step
 _GROUP = 32  # rows whose accumulators a loop keeps in registers
+_SEARCHED = 16  # the same for a search, which takes more of them
+_ROUNDS = 4  # rounds to a loop step: they overlap, and none enters in those after the last
 _MAX_BLOCK_COLUMNS = 16384
 _BLOCK_ELEMENTS = LANES * 8192  # 4 MiB of float32, twice for the pipeline
 _HIGHEST = float(jnp.finfo(jnp.float32).max)  # running maxima are kept finite: inf - inf is NaN
 _NO_CHUNK = 1 << 16
-_NO_COLUMN = jnp.iinfo(jnp.int32).max
+_NO_COLUMN = _NO_CHUNK * LANES  # columns from here on mean that a lane holds no entry
+_UNKNOWN = 4.0 * _NO_COLUMN  # what a lane holds only a search can tell
 
 
 def block_sizes(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
@@ -52,9 +55,9 @@ def supports(logits, *, k: int) -> None:
     del k
     if logits.dtype == jnp.float16:
         raise dispatch.UnsupportedError("softmax_topk: mosaic_tpu does not read float16: logits; use bfloat16")
-    if logits.shape[1] >= _NO_CHUNK * LANES:
+    if logits.shape[1] >= _NO_COLUMN:
         raise dispatch.UnsupportedError(
-            f"softmax_topk: mosaic_tpu does not serve {_NO_CHUNK * LANES} columns or more: logits {logits.shape}"
+            f"softmax_topk: mosaic_tpu does not serve {_NO_COLUMN} columns or more: logits {logits.shape}"
         )
 
 
@@ -63,10 +66,12 @@ def forward(logits, *, k: int):
     rows, columns = logits.shape
     block_rows, block_columns = block_sizes(rows, columns, logits.dtype.itemsize)
     row_blocks = pl.cdiv(rows, block_rows)
-    tile = (LANES, LANES)
+    kept = pl.cdiv(k, SUBLANES) * SUBLANES
     accumulator = pltpu.VMEM((block_rows, LANES), jnp.float32)
-    lanes = [pltpu.VMEM(tile, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)]
-    best = pl.BlockSpec(tile, lambda i, j: (0, i))
+    tile = (LANES, LANES)
+    found = [pltpu.VMEM(tile, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)]
+    queues = [pltpu.VMEM(tile, jnp.float32)] * 5
+    best = pl.BlockSpec((kept, LANES), lambda i, j: (0, i))
     total, values, indices = pl.pallas_call(
         functools.partial(_kernel, k=k, columns=columns),
         grid=(row_blocks, pl.cdiv(columns, block_columns)),
@@ -74,10 +79,10 @@ def forward(logits, *, k: int):
         out_specs=[pl.BlockSpec((block_rows, 1), lambda i, j: (i, 0)), best, best],
         out_shape=[
             jax.ShapeDtypeStruct((row_blocks * block_rows, 1), jnp.float32),
-            jax.ShapeDtypeStruct((LANES, row_blocks * LANES), jnp.float32),
-            jax.ShapeDtypeStruct((LANES, row_blocks * LANES), jnp.int32),
+            jax.ShapeDtypeStruct((kept, row_blocks * LANES), jnp.float32),
+            jax.ShapeDtypeStruct((kept, row_blocks * LANES), jnp.int32),
         ],
-        scratch_shapes=[accumulator, accumulator, *lanes],
+        scratch_shapes=[accumulator, accumulator, *found, *queues],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret.parameters(),
         name="softmax_topk",
@@ -89,32 +94,15 @@ def forward(logits, *, k: int):
 
 
 def _rows_first(best, rows: int):
-    """[128, N] in the order of the kernel -> [N, 128] best first."""
-    best = best.reshape(REGISTERS, SUBLANES, -1).transpose(2, 1, 0)
-    return best.reshape(-1, LANES)[:rows]
+    """[kept, N] in the order of the kernel -> [N, kept] best first."""
+    kept = best.shape[0]
+    return best.reshape(kept // SUBLANES, SUBLANES, -1).transpose(2, 1, 0).reshape(-1, kept)[:rows]
 
 
-def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *lanes_refs, k, columns):
-    value_ref, chunk_ref, second_ref, second_chunk_ref, third_ref = lanes_refs
+def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *queue_refs, k, columns):
+    found_refs, queue_refs = queue_refs[:5], queue_refs[5:]  # [rows, lanes] and [lanes, rows]
     j, last = pl.program_id(1), pl.num_programs(1) - 1
     start = j * x_ref.shape[1]
-    limit = columns - start
-    kth_row = (k - 1) % REGISTERS * SUBLANES + (k - 1) // REGISTERS
-
-    def kth_value():
-        return values_ref[kth_row : kth_row + 1]
-
-    @pl.when(j == 0)
-    def _():
-        maximum_ref[...] = jnp.full_like(maximum_ref, -_HIGHEST)
-        total_ref[...] = jnp.zeros_like(total_ref)
-        values_ref[...] = jnp.full_like(values_ref, -jnp.inf)
-        indices_ref[...] = jnp.full_like(indices_ref, _NO_COLUMN)
-        for ref in (value_ref, second_ref, third_ref):  # rows that a small block has not: NaN never enters
-            ref[...] = jnp.full_like(ref, jnp.nan)
-        for ref in (chunk_ref, second_chunk_ref):
-            ref[...] = jnp.full_like(ref, _NO_CHUNK)
-
     ragged = columns % x_ref.shape[1] != 0  # the last block hangs over the edge, where it holds anything
 
     def masked_at_the_edge(function):
@@ -122,34 +110,46 @@ def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *la
             function(None)
             return
         pl.when(j < last)(lambda: function(None))
-        pl.when(j == last)(lambda: function(limit))
+        pl.when(j == last)(lambda: function(columns - start))
 
-    masked_at_the_edge(functools.partial(_first_pass, x_ref, maximum_ref, total_ref, lanes_refs))
+    @pl.when(j == 0)
+    def _():
+        maximum_ref[...] = jnp.full_like(maximum_ref, -_HIGHEST)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        values_ref[...] = jnp.full_like(values_ref, jnp.nan)  # any entry enters where nothing is yet
+        indices_ref[...] = jnp.zeros_like(indices_ref)
+        for ref in found_refs:  # rows that a small block has not hold no entry
+            ref[...] = jnp.full_like(ref, -jnp.inf if ref.dtype == jnp.float32 else _NO_CHUNK)
 
-    def take_second():
-        value_ref[...], chunk_ref[...] = second_ref[...], second_chunk_ref[...]
+    masked_at_the_edge(functools.partial(_largest, x_ref, found_refs))
+    masked_at_the_edge(functools.partial(_add_exponentials, x_ref, found_refs[0], maximum_ref, total_ref))
 
-    def search():
-        masked_at_the_edge(functools.partial(_search, x_ref, value_ref, chunk_ref))
+    # The first pass does not tell where -inf stands. Behind the first block it cannot enter; there, a search tells.
+    rows = slice(0, x_ref.shape[0])
+    search_all = (j == 0) & jnp.any(found_refs[4][rows] == -jnp.inf)
 
-    def next_candidates(merges):
-        # A second entry of -inf has no known column; only in the first block can such an entry matter.
-        pl.when((merges == 1) & (j > 0))(take_second)
-        pl.when((merges > 1) | (j == 0))(search)
-        kth = kth_value(), indices_ref[kth_row : kth_row + 1]
-        return jnp.any(_before(*_candidates(value_ref, chunk_ref, start), *kth)).astype(jnp.int32)
+    @pl.when(search_all)
+    def _():
+        found_refs[0][rows] = jnp.full((x_ref.shape[0], LANES), jnp.inf)
+        found_refs[1][rows] = jnp.full((x_ref.shape[0], LANES), -1)
 
-    def merge(carry):
-        merges = carry[1] + 1
-        _merge(values_ref, indices_ref, *_candidates(value_ref, chunk_ref, start))
-        # The first pass remembers three values a lane: behind them, only a search can tell.
-        bound = jnp.where(merges == 1, second_ref[...], jnp.where(merges == 2, third_ref[...], jnp.inf))
-        may_enter = jnp.any(kth_value() <= bound.T)
-        return lax.cond(may_enter, lambda: next_candidates(merges), lambda: jnp.int32(0)), merges
+    def rounds_until_a_search(carry):
+        _, searched, fresh = carry
+        masked_at_the_edge(functools.partial(_search, x_ref, found_refs, searched > 0))
+        _fill(queue_refs, found_refs, start, fresh > 0)
+        _rounds(queue_refs, values_ref, indices_ref, k)
+        kth = tuple(_kth(ref[...], k) for ref in (values_ref, indices_ref))
+        # What is as large as the k-th stands behind it if that is from an earlier block.
+        too_small = (kth[0] > queue_refs[4][...]) | ((kth[0] == queue_refs[4][...]) & (kth[1] < start))
+        waits = jnp.max(jnp.where(too_small, 0.0, queue_refs[1][...]), axis=0, keepdims=True) == _UNKNOWN
+        waiting = jnp.any(waits)
+        pl.when(waiting)(lambda: _aim(found_refs, queue_refs, start))
+        searched = _whole_groups(waits).astype(jnp.int32)
+        return waiting.astype(jnp.int32), searched, searched
 
-    # Columns of this block are behind all in the list: only a larger value enters, and in the first block any.
-    enters = (j == 0) | jnp.any(kth_value() < value_ref[...].T)
-    lax.while_loop(lambda carry: carry[0] > 0, merge, (enters.astype(jnp.int32), 0))
+    every_row = jnp.ones((1, LANES), jnp.int32)
+    first = jnp.int32(1), every_row * search_all.astype(jnp.int32), every_row
+    lax.while_loop(lambda carry: carry[0] > 0, rounds_until_a_search, first)
 
     @pl.when(j == last)
     def _():
@@ -157,8 +157,20 @@ def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *la
         out_ref[...] = jnp.sum(total_ref[...] * jnp.exp(maximum_ref[...] - maximum), axis=-1, keepdims=True)
 
 
-def _row_groups(rows: int):
-    return [slice(first, min(first + _GROUP, rows)) for first in range(0, rows, _GROUP)]
+def _row_groups(rows: int, size: int = _GROUP):
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def _of_group(group):
+    """Which lanes hold rows of the group, [1, 128]."""
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    return (lane >= group.start) & (lane < group.stop)
+
+
+def _whole_groups(waiting):
+    """Rows [1, 128] of all groups of which a row waits."""
+    groups = [_of_group(group) for group in _row_groups(LANES, _SEARCHED)]
+    return functools.reduce(jnp.logical_or, [group & jnp.any(waiting & group) for group in groups])
 
 
 def _load(x_ref, group, chunk, limit):
@@ -183,11 +195,11 @@ def _over_chunks(x_ref, body, carry):
     return lax.fori_loop(0, chunks // unroll, step, carry)
 
 
-def _first_pass(x_ref, maximum_ref, total_ref, lanes_refs, limit):
-    """Updates the running softmax, and writes (value, chunk, second, second chunk, third) of every lane."""
+def _largest(x_ref, found_refs, limit):
+    """Writes (value, chunk, second, second chunk, third) of every lane; an entry of -inf may have no chunk."""
     for group in _row_groups(x_ref.shape[0]):
 
-        def largest(chunk, carry, group=group):
+        def body(chunk, carry, group=group):
             value, where, second, second_where, third = carry
             x = _load(x_ref, group, chunk, limit)
             first = x > value
@@ -198,12 +210,43 @@ def _first_pass(x_ref, maximum_ref, total_ref, lanes_refs, limit):
             return value, where, second, second_where, jnp.maximum(third, lower)
 
         shape = (group.stop - group.start, LANES)
-        lowest = jnp.full(shape, -jnp.inf)
-        chunks = jnp.zeros(shape, jnp.int32), jnp.full(shape, _NO_CHUNK)
-        carry = _over_chunks(x_ref, largest, (lowest, chunks[0], lowest, chunks[1], lowest))
-        for ref, new in zip(lanes_refs, carry, strict=True):
+        lowest, nowhere = jnp.full(shape, -jnp.inf), jnp.full(shape, _NO_CHUNK)
+        carry = _over_chunks(x_ref, body, (lowest, nowhere, lowest, nowhere, lowest))
+        for ref, new in zip(found_refs, carry, strict=True):
             ref[group] = new
-        maximum = jnp.minimum(jnp.maximum(maximum_ref[group], carry[0]), _HIGHEST)
+
+
+def _search(x_ref, found_refs, waiting, limit):
+    """As `_largest`, of the entries behind (value, chunk) in the order of entries; in groups of rows that wait."""
+    for group in _row_groups(x_ref.shape[0], _SEARCHED):
+
+        def body(chunk, carry, group=group):
+            (after, after_chunk), (value, where, second, second_where, third) = carry
+            x = _load(x_ref, group, chunk, limit)
+            passed = (x > after) | ((x == after) & (chunk <= after_chunk))
+            # The NaN that all start from loses to anything, even to -inf.
+            below, below_second, below_third = (passed | (x <= v) for v in (value, second, third))
+            third = jnp.where(below_second, jnp.where(below_third, third, x), second)
+            second = jnp.where(below, jnp.where(below_second, second, x), value)
+            second_where = jnp.where(below, jnp.where(below_second, second_where, chunk), where)
+            value, where = jnp.where(below, value, x), jnp.where(below, where, chunk)
+            return carry[0], (value, where, second, second_where, third)
+
+        def run(group=group, body=body):
+            none = jnp.full((group.stop - group.start, LANES), jnp.nan)
+            nowhere = jnp.full(none.shape, _NO_CHUNK)
+            after = found_refs[0][group], found_refs[1][group]
+            _, found = _over_chunks(x_ref, body, (after, (none, nowhere, none, nowhere, none)))
+            for ref, new in zip(found_refs, found, strict=True):
+                ref[group] = jnp.where(new != new, -jnp.inf, new) if new.dtype == jnp.float32 else new
+
+        pl.when(jnp.any(waiting & _of_group(group)))(run)
+
+
+def _add_exponentials(x_ref, value_ref, maximum_ref, total_ref, limit):
+    """Updates the running softmax; `value_ref` has the block's maxima."""
+    for group in _row_groups(x_ref.shape[0]):
+        maximum = jnp.minimum(jnp.maximum(maximum_ref[group], value_ref[group]), _HIGHEST)
 
         def add(chunk, total, group=group, maximum=maximum):
             return total + jnp.exp(_load(x_ref, group, chunk, limit) - maximum)
@@ -213,69 +256,70 @@ def _first_pass(x_ref, maximum_ref, total_ref, lanes_refs, limit):
         maximum_ref[group] = maximum
 
 
-def _search(x_ref, value_ref, chunk_ref, limit):
-    """Replaces every lane's (value, chunk) by the entry that follows it in the order of candidates."""
-    for group in _row_groups(x_ref.shape[0]):
-        value, chunk = value_ref[group], chunk_ref[group]
-
-        def body(here, carry, group=group, value=value, chunk=chunk):
-            best, where = carry
-            x = _load(x_ref, group, here, limit)
-            # The NaN that best starts from loses to anything, even to -inf.
-            passed = (x > value) | ((x == value) & (here <= chunk)) | (x <= best)
-            return jnp.where(passed, best, x), jnp.where(passed, where, here)
-
-        start = jnp.full(value.shape, jnp.nan), jnp.full(value.shape, _NO_CHUNK)
-        best, where = _over_chunks(x_ref, body, start)
-        value_ref[group] = jnp.where(where == _NO_CHUNK, -jnp.inf, best)
-        chunk_ref[group] = where
+def _fill(queue_refs, found_refs, start, rows):
+    """Brings what was found into the queues of some rows: (value, column, next value, next column, bound) per lane."""
+    for queue_ref, found_ref in zip(queue_refs, found_refs, strict=True):
+        new = found_ref[...].T
+        if new.dtype == jnp.int32:
+            new = (start + new * LANES + lax.broadcasted_iota(jnp.int32, new.shape, 0)).astype(jnp.float32)
+        queue_ref[...] = jnp.where(rows, new, queue_ref[...])
 
 
-def _candidates(value_ref, chunk_ref, start):
-    """(value, column) of every lane, [128, rows]."""
-    chunk = chunk_ref[...].T
-    return value_ref[...].T, start + chunk * LANES + lax.broadcasted_iota(jnp.int32, chunk.shape, 0)
+def _aim(found_refs, queue_refs, start):
+    """Sets the (value, chunk) behind which a search begins: before what a lane holds, or behind the last it held."""
+    value, column, next_value, next_column, _ = (ref[...] for ref in queue_refs)
+    unknown = column == _UNKNOWN
+    chunk = (jnp.where(unknown, next_column, column).astype(jnp.int32) - start) >> 7  # the lane falls out
+    chunk = jnp.where(unknown, chunk, chunk - 1)
+    found_refs[0][...], found_refs[1][...] = jnp.where(unknown, next_value, value).T, chunk.T
+
+
+def _rounds(queue_refs, values_ref, indices_ref, k: int):
+    """Takes the lanes' entries into the list, best first, until none that they hold enters."""
+    value_ref, column_ref, next_ref, next_column_ref, _ = queue_refs
+
+    def take(carry):
+        _, values, indices = carry
+        held, columns, next_columns = value_ref[...], column_ref[...], next_column_ref[...]
+        best = jnp.max(held, axis=0, keepdims=True)
+        column = jnp.min(jnp.where(held == best, columns, _UNKNOWN), axis=0, keepdims=True)
+        enters = (column < _NO_COLUMN) & ~_before(_kth(values, k), _kth(indices, k), best, column)
+        taken = columns == jnp.where(enters, column, -1.0)
+        second = columns == next_columns
+        value_ref[...] = jnp.where(taken, jnp.where(second, -jnp.inf, next_ref[...]), held)
+        column_ref[...] = jnp.where(taken, jnp.where(second, _UNKNOWN, next_columns), columns)
+        return jnp.any(enters).astype(jnp.int32), *_insert(values, indices, best, column, enters)
+
+    carry = jnp.int32(1), values_ref[...], indices_ref[...].astype(jnp.float32)
+    _, values_ref[...], indices = lax.while_loop(
+        lambda carry: carry[0] > 0, lambda carry: functools.reduce(lambda c, _: take(c), range(_ROUNDS), carry), carry
+    )
+    indices_ref[...] = indices.astype(jnp.int32)
+
+
+def _kth(best, k: int):
+    """Of the list, the k-th, [1, 128]."""
+    registers = best.shape[0] // SUBLANES
+    row = (k - 1) % registers * SUBLANES + (k - 1) // registers
+    return best[row : row + 1]
 
 
 def _before(value, column, other_value, other_column):
     return (value > other_value) | ((value == other_value) & (column < other_column))
 
 
-def _merge(values_ref, indices_ref, value, column):
-    """Merges 128 unsorted candidates a row into the sorted list of the 128 best."""
-    shape = (REGISTERS, SUBLANES, LANES)
-    candidates = value.reshape(shape), column.reshape(shape)
-    position = lax.broadcasted_iota(jnp.int32, shape, 0) + REGISTERS * lax.broadcasted_iota(jnp.int32, shape, 1)
-    for level in range(7):  # sort with the best last (Batcher's bitonic network) ...
-        best_last = (position >> (level + 1)) & 1 == 0
-        for bit in range(level, -1, -1):
-            candidates = _exchange(*candidates, position, bit, best_last)
-    best = values_ref[...].reshape(shape), indices_ref[...].reshape(shape)
-    keep = _before(*best, *candidates)  # ... so that the better of list and candidates are the 128 best of all
-    best = tuple(jnp.where(keep, b, c) for b, c in zip(best, candidates, strict=True))
-    for bit in range(6, -1, -1):
-        best = _exchange(*best, position, bit, None)
-    values_ref[...], indices_ref[...] = (b.reshape(LANES, LANES) for b in best)
-
-
-def _exchange(value, column, position, bit: int, best_last):
-    """Orders every position and its partner, which differs in one bit: the better first where not `best_last`."""
-    if 1 << bit < REGISTERS:
-        split = (REGISTERS >> (bit + 1), 2, 1 << bit, SUBLANES, LANES)
-        value, column = value.reshape(split), column.reshape(split)
-        low, high = (value[:, 0], column[:, 0]), (value[:, 1], column[:, 1])
-        in_order = _before(*low, *high)
-        if best_last is not None:
-            in_order = in_order != best_last.reshape(split)[:, 0]
-        pairs = zip(low, high, strict=True)
-        return tuple(
-            jnp.stack([jnp.where(in_order, a, b), jnp.where(in_order, b, a)], axis=1).reshape(position.shape)
-            for a, b in pairs
+def _insert(values, columns, value, column, enters):
+    """The list with (value, column) [1, 128] in its place, in the rows that `enters` names."""
+    registers = [slice(first, first + SUBLANES) for first in range(0, values.shape[0], SUBLANES)]
+    values, columns = ([a[register] for register in registers] for a in (values, columns))
+    stays = [_before(v, c, value, column) | ~enters for v, c in zip(values, columns, strict=True)]
+    # Position p - 1 is on the register before, and for the first register on the last, one sublane up.
+    shifted = [[pltpu.roll(a[-1], 1, 0), *a[:-1]] for a in (values, columns)]
+    first = lax.broadcasted_iota(jnp.int32, values[0].shape, 0) == 0
+    here = [first | _before(shifted[0][0], shifted[1][0], value, column), *stays[:-1]]
+    return tuple(
+        jnp.concatenate(
+            [jnp.where(s, a, jnp.where(h, new, b)) for s, h, a, b in zip(stays, here, old, moved, strict=True)]
         )
-    distance = (1 << bit) // REGISTERS
-    upper = (position >> bit) & 1 == 1
-    other = tuple(
-        jnp.where(upper, pltpu.roll(a, distance, 1), pltpu.roll(a, SUBLANES - distance, 1)) for a in (value, column)
+        for old, moved, new in zip((values, columns), shifted, (value, column), strict=True)
     )
-    keep = _before(value, column, *other) != (upper if best_last is None else upper != best_last)
-    return jnp.where(keep, value, other[0]), jnp.where(keep, column, other[1])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pallas_kernels.static_profile import floors, programs, schedule, trace
@@ -38,7 +39,8 @@ def profile_op(op: str, shapes: list[str], chip: str, implementations: list[str]
         if name in programs.implementations(op, direction)
     ]
     call = "pallas_kernels.static_profile.programs:op_program"
-    reports = profile([{"call": call, "arguments": key} for key in keys], chip)
+    decided = [programs.decisions(op, key["shape"], key["direction"]) for key in keys]
+    reports = profile([{"call": call, "arguments": key} for key in keys], chip, decided)
     for key, report in zip(keys, reports, strict=True):
         report |= {"chip": chip, **key}
         if op in floors.FLOORS:
@@ -49,12 +51,15 @@ def profile_op(op: str, shapes: list[str], chip: str, implementations: list[str]
     return reports
 
 
-def profile(requests: list[dict[str, Any]], chip: str) -> list[dict[str, Any]]:
+def profile(
+    requests: list[dict[str, Any]], chip: str, decisions: Sequence[Iterable[bool] | None] | None = None
+) -> list[dict[str, Any]]:
     """Compiles programs for a chip in a process of their own and reads their final schedules.
 
     Args:
       requests: {"call": "module:function", "arguments": {...}} each; the function returns (function, arguments).
       chip: a name of `CHIPS`.
+      decisions: per request what data decide in its Pallas kernel, as `trace.run` takes it, or None.
 
     Returns:
       Per request {"unsupported": reason}, {"error": message}, or the sums of the program and its "kernels".
@@ -69,7 +74,9 @@ def profile(requests: list[dict[str, Any]], chip: str) -> list[dict[str, Any]]:
         raise ValueError(f"chip={chip!r} must be one of {sorted(CHIPS)}")
     with tempfile.TemporaryDirectory() as root:
         outcomes = _compile_programs(requests, chip, pathlib.Path(root))
-        return [outcome or read(pathlib.Path(root) / str(index), CHIPS[chip]) for index, outcome in enumerate(outcomes)]
+        decided = decisions or [None] * len(requests)
+        folders = [pathlib.Path(root) / str(index) for index in range(len(requests))]
+        return [o or read(f, CHIPS[chip], d) for o, f, d in zip(outcomes, folders, decided, strict=True)]
 
 
 def _compile_programs(requests: list[dict[str, Any]], chip: str, root: pathlib.Path) -> list[dict[str, str]]:
@@ -90,7 +97,7 @@ def _compile_programs(requests: list[dict[str, Any]], chip: str, root: pathlib.P
     return json.loads((root / "outcomes.json").read_text())
 
 
-def read(folder: pathlib.Path, chip: Chip) -> dict[str, Any]:
+def read(folder: pathlib.Path, chip: Chip, decisions: Iterable[bool] | None = None) -> dict[str, Any]:
     """The report of the one program whose dumps lie in a folder.
 
     Raises:
@@ -108,7 +115,8 @@ def read(folder: pathlib.Path, chip: Chip) -> dict[str, Any]:
         dumped = name if name in files else equivalents.get(name)
         if dumped is None:
             raise ValueError(f"the program calls {name}, of which the compiler left no schedule")
-        kernels.append({**_kernel(name, _load(dumped, files), times, chip), "pallas": name in pallas})
+        decided = decisions if name in pallas else None
+        kernels.append({**_kernel(name, _load(dumped, files), times, chip, decided), "pallas": name in pallas})
     return {**_total(kernels), "kernels": kernels}
 
 
@@ -128,9 +136,11 @@ def _equivalents(folder: pathlib.Path, dumped: set[str]) -> dict[str, str]:
     return found
 
 
-def _kernel(name: str, program: schedule.Schedule, times: int, chip: Chip) -> dict[str, Any]:
+def _kernel(
+    name: str, program: schedule.Schedule, times: int, chip: Chip, decisions: Iterable[bool] | None = None
+) -> dict[str, Any]:
     """What `times` runs of one schedule add up to."""
-    ran, whole = trace.run(program), trace.run(program, every_region=True)
+    ran, whole = trace.run(program, decisions=decisions), trace.run(program, every_region=True)
     used = {
         unit: times * sum(n * c for n, c in zip(slots, ran.counts, strict=True))
         for unit, slots in program.slots.items()
@@ -153,6 +163,7 @@ def _kernel(name: str, program: schedule.Schedule, times: int, chip: Chip) -> di
         "cycles": None if ran.unknown_loops else cycles,
         "cycles_at_least": cycles,
         "cycles_assumed_skipped": times * fewest,
+        "passes": ran.passes,
         "cycles_every_region": None if whole.unknown_loops else times * whole.cycles,
         "bytes_read": times * ran.bytes_read,
         "bytes_written": times * ran.bytes_written,

@@ -4,11 +4,14 @@ The protocol of an op folder `pallas_kernels/<op>/`: `op.py` has the public func
 argument, the table FORWARD and, where it has a backward pass of its own, BACKWARD; `shapes.py` has MODELS, a mapping
 from names to entries with `arrays()` (array arguments by name, as `jax.ShapeDtypeStruct`) and `options()` (the other
 arguments by name), and optionally PROFILE, the names of the entries profiled by default (else the first of MODELS).
+Where the cycles of the TPU kernel depend on data, `decisions.py` has DECISIONS, from directions to functions of an
+entry that give what typical data decide (see `trace.run`).
 """
 
 import importlib
+import importlib.util
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -51,6 +54,15 @@ def entry(op: str, name: str) -> Any:
     if name not in models:
         raise ValueError(f"{op} has no shape {name!r}; it has {sorted(models)}")
     return models[name]
+
+
+def decisions(op: str, shape: str, direction: str) -> Iterable[bool] | None:
+    """What typical data decide in the TPU kernel; None where the op does not say."""
+    name = f"pallas_kernels.{op}.decisions"
+    if importlib.util.find_spec(name) is None:
+        return None
+    decide = importlib.import_module(name).DECISIONS.get(direction)
+    return None if decide is None else decide(entry(op, shape))
 
 
 def is_floating(argument: Any) -> bool:

@@ -2,11 +2,12 @@
 
 Loops, grids and predicated regions depend on counters that the schedule itself holds. Following them gives the cycles
 exactly, apart from waits for memory. What depends on data is not guessed: a region whose predicate is unknown is
-counted as run and named, a loop whose exit is unknown leaves the total unknown.
+counted as run and named, a loop whose exit is unknown leaves the total unknown. Who knows the data can decide both.
 """
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from pallas_kernels.static_profile.schedule import DELAY_SLOTS, Instruction, Schedule, branch
@@ -39,6 +40,7 @@ class Trace:
     unknown_copies: list[int] = dataclasses.field(default_factory=list)  # copies of unknown size
     assumed_copies: list[int] = dataclasses.field(default_factory=list)  # copies of unknown predicate, counted
     calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    passes: list[int] = dataclasses.field(default_factory=list)  # cycles of each pass through the longest loop
 
     @property
     def cycles(self) -> int:
@@ -51,7 +53,12 @@ class Trace:
         return [loop for loop in self.loops if not loop.known]
 
 
-def run(schedule: Schedule, every_region: bool = False, skip_unknown: bool = False) -> Trace:
+def run(
+    schedule: Schedule,
+    every_region: bool = False,
+    skip_unknown: bool = False,
+    decisions: Iterable[bool] | None = None,
+) -> Trace:
     """Follows the control flow of a schedule from its first bundle to its end.
 
     Args:
@@ -59,11 +66,14 @@ def run(schedule: Schedule, every_region: bool = False, skip_unknown: bool = Fal
       every_region: counts predicated regions as run each time they are met, whatever their predicate: the plain
         bundles-times-trips estimate.
       skip_unknown: counts a region of unknown predicate as skipped, not as run.
+      decisions: what data decide, in the order in which the schedule asks: whether a region of unknown predicate runs,
+        and whether a loop of unknown exit goes round again.
 
     Returns:
       The trace.
 
     Raises:
+      ValueError: fewer decisions than the schedule asks for.
       RuntimeError: more than `MAX_BRANCHES` branches were met.
     """
     machine = _Machine(schedule)
@@ -71,10 +81,14 @@ def run(schedule: Schedule, every_region: bool = False, skip_unknown: bool = Fal
     taken: collections.Counter[int] = collections.Counter()
     assumed: collections.Counter[int] = collections.Counter()
     unknown = set()
+    decide = None if decisions is None else iter(decisions)
+    ends, elapsed = [0], 0
+    longest = _longest_loop(schedule)
     position, branches = 0, 0
     while position < len(schedule):
         visits[position] += 1
         block = machine.block(position)
+        elapsed += block.end - position
         machine.step(block)
         if block.jump is None:
             break
@@ -82,6 +96,11 @@ def run(schedule: Schedule, every_region: bool = False, skip_unknown: bool = Fal
         if branches > MAX_BRANCHES:
             raise RuntimeError(f"{schedule.name}: more than {MAX_BRANCHES} branches; is it a loop without end?")
         go = block.condition
+        if go is None and decide is not None:
+            runs = next(decide, None)
+            if runs is None:
+                raise ValueError(f"{schedule.name}: the branch at {block.at:#x} needs one more decision")
+            go = runs != (block.target > block.at)
         if block.target > block.at:
             if go is None:
                 assumed[block.at] += 1
@@ -91,8 +110,22 @@ def run(schedule: Schedule, every_region: bool = False, skip_unknown: bool = Fal
             unknown.add(block.at)
             go = False
         taken[block.at] += go
+        if block.at == longest and go:
+            ends.append(elapsed)
         position = block.target if go else block.end
-    return _summary(schedule, machine, visits, taken, dict(assumed), unknown)
+    trace = _summary(schedule, machine, visits, taken, dict(assumed), unknown)
+    trace.passes = [after - before for before, after in zip(ends, [*ends[1:], elapsed], strict=True)]
+    return trace
+
+
+def _longest_loop(schedule: Schedule) -> int | None:
+    """The bundle that ends the loop of most bundles: of a kernel, its grid."""
+    lengths = {}
+    for at, bundle in enumerate(schedule.bundles):
+        jump = branch(bundle)
+        if jump is not None and schedule.targets[jump.region] <= at:
+            lengths[at] = at - schedule.targets[jump.region]
+    return max(lengths, key=lambda at: lengths[at], default=None)
 
 
 def _summary(schedule, machine, visits, taken, assumed, unknown) -> Trace:

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, interpret
-from pallas_kernels.attention.mosaic_tpu import LANES, as_column, contract
 from pallas_kernels.taylor_linear_attention import features, xla
+from pallas_kernels.tiles import LANES, as_column, contract
 
 DTYPES = ("float32", "bfloat16")
 TILE = LANES  # tokens whose scores are one matrix

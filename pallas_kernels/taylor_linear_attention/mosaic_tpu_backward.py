@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.mosaic_tpu import contract
 from pallas_kernels.taylor_linear_attention import features, xla
 from pallas_kernels.taylor_linear_attention.mosaic_tpu import (
     TILE,
@@ -28,6 +27,7 @@ from pallas_kernels.taylor_linear_attention.mosaic_tpu import (
     where,
     with_ones,
 )
+from pallas_kernels.tiles import contract
 
 
 def supports_backward(q, k, v, state, reset, valid, y, residuals, dy, dstate, *, scale: float, chunk_size: int) -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.chunks import over_chunks
 from pallas_kernels.taylor_linear_attention import features
 from pallas_kernels.taylor_linear_attention.reference import expand
 
@@ -149,25 +150,6 @@ def _chunk_backward(t: Chunk, state, dsums, dstate):
     return dq, dk, du, _where(through, dstate) + _sum_outer(t.q, arriving)
 
 
-def _over_chunks(length: int, chunk: int, body, carry, *, reverse: bool = False):
-    """Runs carry = body(index, start, size, carry) over the chunks; the last one may be shorter."""
-    full, tail = divmod(length, chunk)
-    if tail and reverse:
-        carry = body(full, full * chunk, tail, carry)
-    if full == 1:
-        carry = body(0, 0, chunk, carry)
-    elif full:
-
-        def at(i, carry):
-            i = full - 1 - i if reverse else i
-            return body(i, i * chunk, chunk, carry)
-
-        carry = lax.fori_loop(0, full, at, carry)
-    if tail and not reverse:
-        carry = body(full, full * chunk, tail, carry)
-    return carry
-
-
 def _write(buffer, value, start):
     """Puts `value` [B, H, C, ...] into `buffer` [B, T, H, ...]."""
     value = jnp.swapaxes(value, 1, 2).astype(buffer.dtype)
@@ -215,7 +197,7 @@ def forward(q, k, v, state, reset, valid, *, scale: float, eps: float, chunk_siz
     if save:
         boundaries = jnp.zeros((batch, -(-length // chunk_size), *before.shape[1:]), jnp.float32)
         residuals = boundaries, jnp.zeros((batch, heads, length), jnp.float32)
-    new_state, y, residuals = _over_chunks(length, chunk_size, body, (before, jnp.zeros_like(v), residuals))
+    new_state, y, residuals = over_chunks(length, chunk_size, body, (before, jnp.zeros_like(v), residuals))
     return y, new_state, residuals
 
 
@@ -244,5 +226,5 @@ def backward(q, k, v, state, reset, valid, y, residuals, dy, dstate, *, scale: f
         return dstate, tuple(_write(buffer, x, start) for buffer, x in zip(out, new, strict=True))
 
     carry = (dstate, tuple(jnp.zeros_like(x) for x in (q, k, v)))
-    dstate, out = _over_chunks(q.shape[1], chunk_size, body, carry, reverse=True)
+    dstate, out = over_chunks(q.shape[1], chunk_size, body, carry, reverse=True)
     return *out, None if state is None else dstate

@@ -25,7 +25,7 @@ from tests.pallas_kernels.test_softmax_topk import (
     run_and_pull,
 )
 
-# The sorting network is long: fused, XLA's CPU backend would compile every exchange once per path that leads to it.
+# The kernel is a long program that runs once: optimising it takes longer than it runs.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "fusion", "xla_backend_optimization_level": 0}
 BLOCK_COLUMNS = 512
 

@@ -227,6 +227,19 @@ def test_unknown_values_are_not_guessed():
     assert found.counts == [1] * 16
 
 
+def test_decisions_settle_what_data_decide():
+    """Two rounds: the region runs in the first and is skipped in the second."""
+    text = LOOP.format(test="ge.s32.totalorder", bound="%s77_s7", skip="", copy="").replace("%s9_s2, 0", "%s78_s8, 0")
+    program = schedule.parse("made-up", *_text(text))
+    found = trace.run(program, decisions=[True, True, False, False])
+    assert found.counts == [1, *[2] * 8, 1, *[2] * 5, 1]
+    assert not found.unknown_loops
+    assert not found.assumed
+    assert found.passes == [15, 14]  # the first with what leads to the loop, the last with what follows it
+    with pytest.raises(ValueError, match="the branch at 0xa needs one more decision"):
+        trace.run(program, decisions=[True, True, False])
+
+
 def test_schedule_of_unknown_form_is_refused():
     bundles, slots = _text(LOOP.format(test="le.s32.totalorder", bound=-5, skip="", copy=""))
     with pytest.raises(ValueError, match="15 rows of slots for 16 bundles"):
