@@ -9,7 +9,7 @@ Where two heads share a register they share the work on pairs of tokens too, in 
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,17 @@ def unrolled(lay: Layout, limit: int) -> int:
     return max(n for n in range(1, limit + 1) if total % n == 0)
 
 
-def for_heads(lay: Layout, steps: int, body: Callable[[Any, Any], Iterator[None]]) -> None:
-    """Runs `body(p, lanes)` for every group p of heads side by side, `steps` of them unrolled.
+class Heads(NamedTuple):
+    """A group of heads side by side: its number p, its lanes, the loop's step and its place among those unrolled."""
+
+    p: Any
+    lanes: Any
+    step: Any
+    slot: int
+
+
+def for_heads(lay: Layout, steps: int, body: Callable[[Heads], Iterator[None]]) -> None:
+    """Runs `body` for every group of heads side by side, `steps` of them unrolled.
 
     What follows a yield in a body is written after the next body's start, which hides what this one waits for.
     """
@@ -60,10 +69,12 @@ def for_heads(lay: Layout, steps: int, body: Callable[[Any, Any], Iterator[None]
             p = i * steps + slot
             start = p * width
             lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
-            running.append(body(p, lanes))
-            for part in reversed(running[-2:]):
+            running.append(body(Heads(p, lanes, i, slot)))
+            for part in reversed(running):
                 next(part, None)
-        next(running[-1], None)
+        for _ in range(4):
+            for part in reversed(running):
+                next(part, None)
 
     trips = lay.heads // (steps * lay.pair)
     if trips == 1:
@@ -100,7 +111,8 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
     if count == 2:
         between_ref[...] = contract(q[spans[1]], k[spans[0]], 1, 1).astype(dtype)
 
-    def body(p, lanes):
+    def body(heads):
+        p, lanes, *_ = heads
         width = lanes.size
         v, s, whole = v_ref[:, lanes], s_ref[:, lanes], [widen(w, width) for w in decay.whole(p)]
         seen = contract(q_ref[...].astype(dtype), s.astype(dtype), 1, 0)

@@ -53,16 +53,27 @@ class HeadDecay:
         columns += self.by_head([scale * x for x in ends] if mirrored else ends)
         if mirrored:
             columns.append(self._seen(ends))
-        stacked = jnp.concatenate(columns, axis=0)
-        self.columns_ref[:, : stacked.shape[0]] = stacked.T
+        for tile, stacked in enumerate([columns] if self.one_tile else [columns[:count], columns[count:]]):
+            stacked = jnp.concatenate(stacked, axis=0)
+            self.columns_ref[:, tile * LANES : tile * LANES + stacked.shape[0]] = stacked.T
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether the columns fit side by side in one register; else what does not end at a row has its own."""
+        return 2 * self.count * self.rows + BLOCK <= LANES
+
+    def _others(self) -> tuple[slice, int]:
+        """The lanes of the columns' register that holds the decays to an end, and the first of them."""
+        return (slice(0, LANES), self.count * self.rows) if self.one_tile else (slice(LANES, 2 * LANES), 0)
 
     @staticmethod
     def scratch(lay: Layout) -> list:
         """The memory it takes."""
         rows, count = lay.rows // lay.pair, lay.pair
         blocks = CHUNK // count // BLOCK
-        sizes = [CHUNK, *[blocks * rows, blocks * rows, BLOCK * rows, rows] * count]
-        return [pltpu.VMEM((size, LANES), jnp.float32) for size in sizes]
+        sizes = [blocks * rows, blocks * rows, BLOCK * rows, rows] * count
+        columns = pltpu.VMEM((CHUNK, 2 * LANES), jnp.float32)
+        return [columns, *(pltpu.VMEM((size, LANES), jnp.float32) for size in sizes)]
 
     def by_span(self, heads: list) -> list[jax.Array]:
         """Rows [rows, 128 tokens] of each head of a group -> [rows, (n, token)] of each span."""
@@ -115,7 +126,8 @@ class HeadDecay:
 
     def seen(self) -> jax.Array:
         """[128, 128], more than 0 where the state before the chunk is seen; of a mirrored one."""
-        lane = 2 * self.count * self.rows
+        tile, first = self._others()
+        lane = tile.start + first + self.count * self.rows
         return jnp.broadcast_to(self.columns_ref[:, lane : lane + 1], (CHUNK, LANES))
 
     def whole(self, p) -> list[jax.Array]:
@@ -128,9 +140,20 @@ class HeadDecay:
 
     def other(self, p) -> jax.Array:
         """[128, 128] from the next token to its span's end (scale times from its span's start to the token)."""
-        lanes = self._lanes(p) + self.count * self.rows
-        blocks = [self.columns_ref[i : i + BLOCK, :] for i in range(0, CHUNK, BLOCK)]
+        tile, first = self._others()
+        lanes = self._lanes(p) + first
+        blocks = [self.columns_ref[i : i + BLOCK, tile] for i in range(0, CHUNK, BLOCK)]
         return jnp.concatenate([pick(block, lanes) for block in blocks], axis=0)
+
+    def edges(self, p, span: int) -> jax.Array:
+        """[span, 128]: scale times the decay from its start to the token (from the next token to its end)."""
+        _, edge_ref, *_ = self.tables[span]
+        lanes, edges = self._lanes(p), []
+        for i in range(self.span // BLOCK):
+            start = span * self.span + i * BLOCK
+            near = pick(self.columns_ref[start : start + BLOCK, :LANES], lanes)
+            edges.append(near * edge_ref[pl.ds(i * self.rows + p, 1), :])
+        return jnp.concatenate(edges, axis=0)
 
     def blocks(self, p, span: int) -> Rows:
         """For every 16 rows of a span: where they are in it, their weights [16, 128], and `edge` [16, 128].
@@ -146,7 +169,7 @@ class HeadDecay:
             weights, edges = [], []
             for i in (first, first + 1):
                 start = span * self.span + i * BLOCK
-                near, row = pick(self.columns_ref[start : start + BLOCK, :], lanes), pl.ds(i * self.rows + p, 1)
+                near, row = pick(self.columns_ref[start : start + BLOCK, :LANES], lanes), pl.ds(i * self.rows + p, 1)
                 weights.append(jnp.where(block == i, within, near * far_ref[row, :]))
                 edges.append(near * edge_ref[row, :])
             rows = slice(first * BLOCK, (first + 2) * BLOCK)

@@ -28,6 +28,7 @@ class Layout:
     key: int
     value: int
     chunk_size: int
+    wide: int = 1  # times MAX_LANES may a step take
 
     @property
     def chunks(self) -> int:
@@ -55,7 +56,7 @@ class Layout:
     def heads(self) -> int:
         """Heads of a step."""
         lanes, pair = self.values, self.pair
-        fits = [n for n in range(pair, self.ratio + 1, pair) if self.ratio % n == 0 and n * lanes <= MAX_LANES]
+        fits = [n for n in range(pair, self.ratio + 1, pair) if self.ratio % n == 0 and n * lanes <= self.wide * MAX_LANES]
         return max(fits, default=pair)
 
     @property
@@ -134,10 +135,10 @@ class Layout:
         return jnp.swapaxes(g.reshape(g.shape[0], -1, self.length), 1, 2)
 
 
-def layout(q, v, chunk_size: int) -> Layout:
+def layout(q, v, chunk_size: int, wide: int = 1) -> Layout:
     """The layout of one call."""
     (_, length, groups, key), (heads, value) = q.shape, v.shape[2:]
-    return Layout(length, groups, heads // groups, key, value, chunk_size)
+    return Layout(length, groups, heads // groups, key, value, chunk_size, wide)
 
 
 def masked_decay(g, reset, valid) -> jax.Array:
