@@ -56,7 +56,7 @@ class Heads(NamedTuple):
     slot: int
 
 
-def for_heads(lay: Layout, steps: int, body: Callable[[Heads], Iterator[None]]) -> None:
+def for_heads(lay: Layout, steps: int, body: Callable[[Heads], Iterator[None]], end=None) -> None:
     """Runs `body` for every group of heads side by side, `steps` of them unrolled.
 
     What follows a yield in a body is written after the next body's start, which hides what this one waits for.
@@ -72,9 +72,11 @@ def for_heads(lay: Layout, steps: int, body: Callable[[Heads], Iterator[None]]) 
             running.append(body(Heads(p, lanes, i, slot)))
             for part in reversed(running):
                 next(part, None)
-        for _ in range(4):
+        last = iter(()) if end is None else end(i)
+        for _ in range(2):
             for part in reversed(running):
                 next(part, None)
+            next(last, None)
 
     trips = lay.heads // (steps * lay.pair)
     if trips == 1:

@@ -50,9 +50,11 @@ def _head_sums(x, count: int) -> jax.Array:
 
 def _exact_head_sums(x, count: int, dtype) -> jax.Array:
     """`_head_sums` of float32 [n, 128] where sums nearly cancel: in bfloat16, both parts of a number are summed."""
-    high = x.astype(dtype)
-    out = _head_sums(high, count)
-    return out if dtype == jnp.float32 else out + _head_sums((x - high.astype(jnp.float32)).astype(dtype), count)
+    if dtype == jnp.float32:
+        return _head_sums(x, count)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)  # of a bfloat16
+    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return _head_sums(high.astype(dtype), count) + _head_sums((x - high).astype(dtype), count)
 
 
 def _fold(x) -> jax.Array:
@@ -81,7 +83,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     q_ref, k_ref, v_ref, g_ref, s_ref, dy_ref, dstate_ref, *refs = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *refs = refs
     ds_ref, dq_sum, dk_sum, dq_in, transposed_ref, *refs = refs
-    seen_ref, added_ref, part_ref, same_ref, *refs = refs
+    seen_ref, added_ref, half_ds_ref, part_ref, same_ref, *refs = refs
     product_refs, between_refs, flow_refs, tables = refs[:2], refs[2:5], refs[5:8], refs[8:]
     products_ref, dproducts_ref = product_refs
     between_ref, half_ref, dbetween_ref = between_refs
@@ -151,8 +153,9 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
             dbetween = contract(leaving, apart(entering, count), 1, 1)
             dbetween_ref[...] += dbetween
             keep(2, between_ref[...] * dbetween)
+        half_ds_ref[slot] = ds_ref[own].astype(dtype)
         for n, span in enumerate(spans):
-            dv_out = contract(k_ref[span, :].astype(dtype), ds_ref[own].astype(dtype), 1, 0)
+            dv_out = contract(k_ref[span, :].astype(dtype), half_ds_ref[slot], 1, 0)
             if n < count - 1:
                 keep(3, added_ref[slot, span].astype(jnp.float32) * dv_out)
                 dv_out = wholes[1] * dv_out + contract(half_ref[...], entering, 1, 0)
@@ -160,10 +163,6 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         y_in = contract(q_ref[...].astype(dtype), load(s_ref).astype(dtype), 1, 0)
         seen = decayed(seen_ref[slot].astype(jnp.float32), y_in, resets).astype(dtype)
         yield
-        # From the state before the chunk, and to the state after it.
-        dq_to = dq_in if resets else dq_sum
-        dq_to[...] += contract(seen_ref[slot], load(s_ref).astype(dtype), 1, 1)
-        dk_sum[...] += contract(added_ref[slot], ds_ref[own].astype(dtype), 1, 1)
         left = []
         for n, span in enumerate(spans):
             by_head = apart(load(dy_ref, span).astype(dtype), count)
@@ -172,9 +171,11 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
             left.append(load(v_ref, span) * dv)
         left = jnp.concatenate(left, axis=0)
         # What flows through the decays.
-        whole = jnp.broadcast_to(functools.reduce(jnp.multiply, wholes), (lay.keys, width))
-        keep(4 if count == 2 else 1, decayed(whole, ds_ref[own] * load(s_ref), resets))
-        ds_ref[own] = whole * ds_ref[own] + contract(transposed_ref[...], seen_ref[slot], 1, 0)
+        whole = functools.reduce(jnp.multiply, wholes)
+        flow = _fold(ds_ref[own] * load(s_ref))
+        keep(4 if count == 2 else 1, decayed(jnp.broadcast_to(whole[:, :LANES], flow.shape), flow, resets))
+        ds = jnp.broadcast_to(whole, (lay.keys, width)) * ds_ref[own]
+        ds_ref[own] = ds + contract(transposed_ref[...], seen_ref[slot], 1, 0)
         yield
         seen = _head_sums(seen, count)
         left = _exact_head_sums(left, count, dtype)
@@ -182,17 +183,35 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
             row = pl.ds(n * decay.rows + p, 1)
             arriving[row, :], departing[row, :] = seen[n : n + 1], left[n : n + 1]
 
-    for_heads(lay, unrolled(lay, UNROLL), body)
+    def end(step):
+        # From the state before the chunk, and to the state after it: a wait for nothing, beside the last bodies.
+        steps, width = seen_ref.shape[0], seen_ref.shape[2]
+        dq_to = dq_in if resets else dq_sum
+        dq = dq_to[...]
+        for slot in range(steps):
+            start = (step * steps + slot) * width
+            lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
+            dq += contract(seen_ref[slot], s_ref[:, lanes].astype(dtype), 1, 1)
+        dq_to[...] = dq
+        yield
+        dk = dk_sum[...]
+        for slot in range(steps):
+            dk += contract(added_ref[slot], half_ds_ref[slot], 1, 1)
+        dk_sum[...] = dk
+
+    for_heads(lay, unrolled(lay, UNROLL), body, end)
     if resets:
         dq_sum[...] += jnp.where(widen(decay.seen(), lay.keys) > 0.0, dq_in[...], 0.0)
-    pairs = [(spans[n], spans[n], scale * dproducts_ref[spans[n], :]) for n in range(count)]
+    dproducts = scale * dproducts_ref[...]
     if count == 2:
-        pairs.append((spans[0], spans[1], dbetween_ref[...]))
-    for source, target, dproducts in pairs:
-        dproducts = dproducts.astype(dtype)
-        dk_sum[source, :] += contract(dproducts, jnp.concatenate([q[target]] * count, axis=0), 1, 0)
-        by_head = contract(dproducts, k[source], 0, 0)
-        dq_sum[target, :] += sum(by_head[n * decay.span : (n + 1) * decay.span] for n in range(count))
+        # Of both heads, and all sources beside all targets.
+        within, between = dproducts + pltpu.roll(dproducts, decay.span, 1), dbetween_ref[...]
+        between = between + pltpu.roll(between, decay.span, 1)
+        first = jax.lax.broadcasted_iota(jnp.int32, between.shape, 1) < decay.span
+        rows = jnp.where(first, within[spans[0]], between), jnp.where(first, 0.0, within[spans[1]])
+        dproducts = jnp.concatenate(rows, axis=0)
+    dk_sum[...] += contract(dproducts.astype(dtype), q_ref[...].astype(dtype), 1, 0)
+    dq_sum[...] += contract(dproducts.T.astype(dtype), k_ref[...].astype(dtype), 1, 0)
     _write_decay(dg_ref, flow_refs, decay)
 
     @pl.when(h == pl.num_programs(3) - 1)
@@ -261,6 +280,7 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
             *[pltpu.VMEM((CHUNK, lay.keys), jnp.float32)] * 3,
             pltpu.VMEM((lay.keys, CHUNK), dtype),
             *[pltpu.VMEM((steps, CHUNK, count * lay.values), dtype)] * 2,
+            pltpu.VMEM((steps, lay.keys, count * lay.values), dtype),
             pltpu.VMEM((steps, CHUNK, count * lay.values), jnp.float32),
             *[pltpu.VMEM((CHUNK, LANES), jnp.float32)] * 3,
             pltpu.VMEM((span, LANES), jnp.float32),

@@ -72,7 +72,7 @@ class HeadDecay:
         rows, count = lay.rows // lay.pair, lay.pair
         blocks = CHUNK // count // BLOCK
         sizes = [blocks * rows, blocks * rows, BLOCK * rows, rows] * count
-        columns = pltpu.VMEM((CHUNK, 2 * LANES), jnp.float32)
+        columns = pltpu.VMEM((CHUNK, LANES if 2 * lay.rows + BLOCK <= LANES else 2 * LANES), jnp.float32)
         return [columns, *(pltpu.VMEM((size, LANES), jnp.float32) for size in sizes)]
 
     def by_span(self, heads: list) -> list[jax.Array]:

@@ -55,8 +55,8 @@ class Layout:
     @property
     def heads(self) -> int:
         """Heads of a step."""
-        lanes, pair = self.values, self.pair
-        fits = [n for n in range(pair, self.ratio + 1, pair) if self.ratio % n == 0 and n * lanes <= self.wide * MAX_LANES]
+        most, pair = self.wide * MAX_LANES // self.values, self.pair
+        fits = [n for n in range(pair, min(most, self.ratio) + 1, pair) if self.ratio % n == 0]
         return max(fits, default=pair)
 
     @property
