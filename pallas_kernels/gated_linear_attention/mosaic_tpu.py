@@ -48,7 +48,7 @@ def unrolled(lay: Layout, limit: int) -> int:
 
 
 class Heads(NamedTuple):
-    """A group of heads side by side: its number p, its lanes, the loop's step and its place among those unrolled."""
+    """Heads side by side: their number p, their lanes, the step of the loop and the place among those unrolled."""
 
     p: Any
     lanes: Any
@@ -56,26 +56,37 @@ class Heads(NamedTuple):
     slot: int
 
 
-def for_heads(lay: Layout, steps: int, body: Callable[[Heads], Iterator[None]], end=None) -> None:
+def heads_of(lay: Layout, steps: int, step) -> list[Heads]:
+    """The groups of heads side by side that a step of `for_heads` takes."""
+    found, width = [], lay.pair * lay.values
+    for slot in range(steps):
+        start = (step * steps + slot) * width
+        lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
+        found.append(Heads(step * steps + slot, lanes, step, slot))
+    return found
+
+
+def for_heads(
+    lay: Layout,
+    steps: int,
+    body: Callable[[Heads], Iterator[None]],
+    end: Callable[[Any], Iterator[None]] | None = None,
+) -> None:
     """Runs `body` for every group of heads side by side, `steps` of them unrolled.
 
-    What follows a yield in a body is written after the next body's start, which hides what this one waits for.
+    What follows a yield in a body is written after the next body's part before it: a matrix unit takes its products in
+    the order in which they are written, so that what a product waits for must be old. `end(step)` follows the last
+    body; its parts hide what the last bodies wait for.
     """
-    width = lay.pair * lay.values
 
     def step(i, _=None):
         running: list[Iterator[None]] = []
-        for slot in range(steps):
-            p = i * steps + slot
-            start = p * width
-            lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
-            running.append(body(Heads(p, lanes, i, slot)))
-            for part in reversed(running):
-                next(part, None)
+        for heads in heads_of(lay, steps, i):
+            running.append(body(heads))
+            _advance(running)
         last = iter(()) if end is None else end(i)
         for _ in range(2):
-            for part in reversed(running):
-                next(part, None)
+            _advance(running)
             next(last, None)
 
     trips = lay.heads // (steps * lay.pair)
@@ -83,6 +94,11 @@ def for_heads(lay: Layout, steps: int, body: Callable[[Heads], Iterator[None]], 
         step(0)
     else:
         jax.lax.fori_loop(0, trips, step, None)
+
+
+def _advance(running: list[Iterator[None]]) -> None:
+    for part in reversed(running):
+        next(part, None)
 
 
 def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: bool, resets: bool):

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.gated_linear_attention import mosaic_tpu_channel, xla
-from pallas_kernels.gated_linear_attention.mosaic_tpu import for_heads, unrolled
+from pallas_kernels.gated_linear_attention.mosaic_tpu import for_heads, heads_of, unrolled
 from pallas_kernels.gated_linear_attention.mosaic_tpu_decay import HeadDecay, apart, join
 from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     BLOCK,
@@ -28,11 +28,13 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     cumulate,
     decayed,
     layout,
+    numbered,
     refuse,
     widen,
 )
 
-UNROLL = 8  # pairs of heads
+UNROLL = 8  # pairs of heads; more are a little faster, and take much longer to compile
+WIDE = 2  # times the forward pass's lanes: what heads share is made, and the sums over them are added, once
 
 
 def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int) -> None:
@@ -49,10 +51,10 @@ def _head_sums(x, count: int) -> jax.Array:
 
 
 def _exact_head_sums(x, count: int, dtype) -> jax.Array:
-    """`_head_sums` of float32 [n, 128] where sums nearly cancel: in bfloat16, both parts of a number are summed."""
+    """`_head_sums` of float32 [n, 128] where sums nearly cancel: in bfloat16, both halves of a number are summed."""
     if dtype == jnp.float32:
         return _head_sums(x, count)
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)  # of a bfloat16
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)
     high = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return _head_sums(high.astype(dtype), count) + _head_sums((x - high).astype(dtype), count)
 
@@ -83,18 +85,21 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     q_ref, k_ref, v_ref, g_ref, s_ref, dy_ref, dstate_ref, *refs = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *refs = refs
     ds_ref, dq_sum, dk_sum, dq_in, transposed_ref, *refs = refs
-    seen_ref, added_ref, half_ds_ref, part_ref, same_ref, *refs = refs
+    seen_ref, added_ref, ds_half_ref, dv_part_ref, same_ref, *refs = refs
     product_refs, between_refs, flow_refs, tables = refs[:2], refs[2:5], refs[5:8], refs[8:]
     products_ref, dproducts_ref = product_refs
     between_ref, half_ref, dbetween_ref = between_refs
     arriving, departing, onward = flow_refs
-    t, h, count = pl.program_id(2), pl.program_id(3), lay.pair
+    t, h, count, steps = pl.program_id(2), pl.program_id(3), lay.pair, unrolled(lay, UNROLL)
     spans = [slice(start, start + CHUNK // count) for start in range(0, CHUNK, CHUNK // count)]
+
+    # The gradient of the state by steps of the loop: within one, every address is known to the compiler.
+    shares = [(i, slice(i * ds_ref.shape[3], (i + 1) * ds_ref.shape[3])) for i in range(ds_ref.shape[1])]
 
     @pl.when(t == 0)
     def _():
-        for i in range(ds_ref.shape[1]):
-            ds_ref[h, i] = dstate_ref[:, i * ds_ref.shape[3] : (i + 1) * ds_ref.shape[3]]
+        for i, lanes in shares:
+            ds_ref[h, i] = dstate_ref[:, lanes]
 
     @pl.when(h == 0)
     def _():
@@ -131,7 +136,7 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
             start = (n * decay.rows + p) * BLOCK
             onward[pl.ds(start if isinstance(p, int) else pl.multiple_of(start, BLOCK), BLOCK), :] = _fold(flow)
 
-        # Rows decayed to the edges of the chunk, and between its spans.
+        # The products that wait for none other. Rows decayed to the edges of the chunk, and between its spans.
         until = widen(decay.other(p), width)
         outs = [widen(decay.edges(p, n), width) for n in range(count)]
         seen = [until[span] * load(dy_ref, span) for span in spans]
@@ -153,30 +158,31 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
             dbetween = contract(leaving, apart(entering, count), 1, 1)
             dbetween_ref[...] += dbetween
             keep(2, between_ref[...] * dbetween)
-        half_ds_ref[slot] = ds_ref[own].astype(dtype)
+        ds_half_ref[slot] = ds_ref[own].astype(dtype)
         for n, span in enumerate(spans):
-            dv_out = contract(k_ref[span, :].astype(dtype), half_ds_ref[slot], 1, 0)
+            dv_out = contract(k_ref[span, :].astype(dtype), ds_half_ref[slot], 1, 0)
             if n < count - 1:
                 keep(3, added_ref[slot, span].astype(jnp.float32) * dv_out)
                 dv_out = wholes[1] * dv_out + contract(half_ref[...], entering, 1, 0)
-            part_ref[slot, span] = outs[n] * dv_out
+            dv_part_ref[slot, span] = outs[n] * dv_out
         y_in = contract(q_ref[...].astype(dtype), load(s_ref).astype(dtype), 1, 0)
         seen = decayed(seen_ref[slot].astype(jnp.float32), y_in, resets).astype(dtype)
         yield
+        # The gradients of the values, and of the state before the chunk.
         left = []
         for n, span in enumerate(spans):
             by_head = apart(load(dy_ref, span).astype(dtype), count)
-            dv = contract(all_scores[n], by_head, 1, 0) + part_ref[slot, span]
+            dv = contract(all_scores[n], by_head, 1, 0) + dv_part_ref[slot, span]
             dv_ref[span, lanes] = (dv + widen(same_ref[span, :], width) * load(dy_ref, span)).astype(dv_ref.dtype)
             left.append(load(v_ref, span) * dv)
         left = jnp.concatenate(left, axis=0)
-        # What flows through the decays.
         whole = functools.reduce(jnp.multiply, wholes)
         flow = _fold(ds_ref[own] * load(s_ref))
         keep(4 if count == 2 else 1, decayed(jnp.broadcast_to(whole[:, :LANES], flow.shape), flow, resets))
         ds = jnp.broadcast_to(whole, (lay.keys, width)) * ds_ref[own]
         ds_ref[own] = ds + contract(transposed_ref[...], seen_ref[slot], 1, 0)
         yield
+        # What flows through the decays.
         seen = _head_sums(seen, count)
         left = _exact_head_sums(left, count, dtype)
         for n in range(count):
@@ -184,22 +190,20 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
             arriving[row, :], departing[row, :] = seen[n : n + 1], left[n : n + 1]
 
     def end(step):
-        # From the state before the chunk, and to the state after it: a wait for nothing, beside the last bodies.
-        steps, width = seen_ref.shape[0], seen_ref.shape[2]
+        # From the state before the chunk, and to the state after it.
+        own = heads_of(lay, steps, step)
         dq_to = dq_in if resets else dq_sum
         dq = dq_to[...]
-        for slot in range(steps):
-            start = (step * steps + slot) * width
-            lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
-            dq += contract(seen_ref[slot], s_ref[:, lanes].astype(dtype), 1, 1)
+        for heads in own:
+            dq += contract(seen_ref[heads.slot], s_ref[:, heads.lanes].astype(dtype), 1, 1)
         dq_to[...] = dq
         yield
         dk = dk_sum[...]
-        for slot in range(steps):
-            dk += contract(added_ref[slot], half_ds_ref[slot], 1, 1)
+        for heads in own:
+            dk += contract(added_ref[heads.slot], ds_half_ref[heads.slot], 1, 1)
         dk_sum[...] = dk
 
-    for_heads(lay, unrolled(lay, UNROLL), body, end)
+    for_heads(lay, steps, body, end)
     if resets:
         dq_sum[...] += jnp.where(widen(decay.seen(), lay.keys) > 0.0, dq_in[...], 0.0)
     dproducts = scale * dproducts_ref[...]
@@ -212,7 +216,11 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         dproducts = jnp.concatenate(rows, axis=0)
     dk_sum[...] += contract(dproducts.astype(dtype), q_ref[...].astype(dtype), 1, 0)
     dq_sum[...] += contract(dproducts.T.astype(dtype), k_ref[...].astype(dtype), 1, 0)
-    _write_decay(dg_ref, flow_refs, decay)
+    documents = None
+    if resets:
+        g = jnp.broadcast_to(jnp.max(g_ref[...], axis=0, keepdims=True), (BLOCK, LANES))
+        documents = numbered(g, 1)
+    _write_decay(dg_ref, flow_refs, decay, documents)
 
     @pl.when(h == pl.num_programs(3) - 1)
     def _():
@@ -221,15 +229,15 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
 
     @pl.when(t == pl.num_programs(2) - 1)
     def _():
-        for i in range(ds_ref.shape[1]):
-            dbefore_ref[:, i * ds_ref.shape[3] : (i + 1) * ds_ref.shape[3]] = ds_ref[h, i]
+        for i, lanes in shares:
+            dbefore_ref[:, lanes] = ds_ref[h, i]
 
 
-def _write_decay(dg_ref, flow_refs, decay) -> None:
+def _write_decay(dg_ref, flow_refs, decay, documents) -> None:
     """Gradients of the log decays: what reaches a later token, or the end, from an earlier one, or the start.
 
-    Within a span that is what later tokens receive from all of it, and earlier ones give to all of it and to what
-    follows, less all that passes within it.
+    Within a span that is what later tokens receive from before it, and what earlier ones give to all that follows less
+    what they receive within it. Those sums end with the document: what cancels leaves rounding errors.
     """
     arriving, departing, onward = flow_refs
     count, rows, span = decay.count, decay.rows, decay.span
@@ -242,17 +250,18 @@ def _write_decay(dg_ref, flow_refs, decay) -> None:
     def only(x, n: int) -> jax.Array:
         return jnp.where((lane >= n * span) & (lane < (n + 1) * span), x, 0.0)
 
-    inside = [folded(n) for n in range(count)]
-    targets = decay.by_head([inside[0], inside[1] + folded(2)] if count == 2 else inside)
+    inside = decay.by_head([folded(n) for n in range(count)])
+    crossing = decay.by_head([jnp.zeros_like(inside[0]), folded(2)]) if count == 2 else [0.0]
     through, across = (folded(4), folded(3)) if count == 2 else (folded(1), None)
     for n in range(count):
         seen, left = (ref[n * rows : (n + 1) * rows, :] for ref in (arriving, departing))
-        past = [only(through - x, n) for x in inside]
+        left = left - inside[n]
+        past = [only(through, n)] * count
         if count == 2:  # the second span's targets see the start through all of the first, whose sources see the end
             past = [past[0] + only(seen, 1), past[1] + only(across, n)]
         past = [jnp.sum(x, axis=1, keepdims=True) for x in past]
-        onto = cumulate(targets[n] + seen, 1, reverse=True, span=span)
-        away = cumulate(left, 1, reverse=False, span=span) - left
+        onto = cumulate(crossing[n] + seen, 1, reverse=True, span=span)
+        away = cumulate(left, 1, reverse=False, span=span, documents=documents) - left
         past = join([jnp.broadcast_to(x, seen.shape) for x in past])
         dg_ref[pl.ds(n, rows, stride=count), :] = onto + away + past
 
@@ -303,7 +312,7 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     if q.shape[1] == 1:
         arrays = (q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate)
         return xla.backward(*arrays, scale=scale, chunk_size=chunk_size)
-    lay = layout(q, v, chunk_size, 2)
+    lay = layout(q, v, chunk_size, WIDE)
     per_channel = log_decay is not None and log_decay.ndim == 4
     decay = (lay.channels if per_channel else lay.head_rows)(log_decay, reset, valid)
     dq, dk, dv, dg, dbefore = (mosaic_tpu_channel.backward if per_channel else _by_head)(

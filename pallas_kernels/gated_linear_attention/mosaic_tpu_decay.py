@@ -36,13 +36,14 @@ class HeadDecay:
     whole [rows, 128]: exp(sum over the span) in the lanes of each head.
     columns [128, 128], tokens in the sublanes: lane n * rows + p holds the factor of the row for head n, the next
     count * rows lanes the decay from the token to the span's end (from the span's start to the token), the next lane
-    more than 0 if a head sees the state before the chunk.
+    more than 0 if a head sees the state before the chunk. All but the factors are 128 lanes on if there is no room.
     What counts from the span's start is multiplied by `scale`.
     """
 
     def __init__(self, g_ref, scale: float, tables, count: int, *, mirrored: bool = False):
         self.count, self.rows, self.span, self.mirrored = count, g_ref.shape[0] // count, CHUNK // count, mirrored
         self.scale = scale
+        self.one_tile = _one_tile(g_ref.shape[0])
         self.columns_ref, *rest = tables
         self.tables = [rest[4 * i : 4 * i + 4] for i in range(count)]
         heads = [g_ref[pl.ds(n, self.rows, stride=count), :] for n in range(count)]
@@ -53,14 +54,9 @@ class HeadDecay:
         columns += self.by_head([scale * x for x in ends] if mirrored else ends)
         if mirrored:
             columns.append(self._seen(ends))
-        for tile, stacked in enumerate([columns] if self.one_tile else [columns[:count], columns[count:]]):
-            stacked = jnp.concatenate(stacked, axis=0)
-            self.columns_ref[:, tile * LANES : tile * LANES + stacked.shape[0]] = stacked.T
-
-    @property
-    def one_tile(self) -> bool:
-        """Whether the columns fit side by side in one register; else what does not end at a row has its own."""
-        return 2 * self.count * self.rows + BLOCK <= LANES
+        for lane, parts in ((0, columns),) if self.one_tile else ((0, columns[:count]), (LANES, columns[count:])):
+            stacked = jnp.concatenate(parts, axis=0)
+            self.columns_ref[:, lane : lane + stacked.shape[0]] = stacked.T
 
     def _others(self) -> tuple[slice, int]:
         """The lanes of the columns' register that holds the decays to an end, and the first of them."""
@@ -72,7 +68,7 @@ class HeadDecay:
         rows, count = lay.rows // lay.pair, lay.pair
         blocks = CHUNK // count // BLOCK
         sizes = [blocks * rows, blocks * rows, BLOCK * rows, rows] * count
-        columns = pltpu.VMEM((CHUNK, LANES if 2 * lay.rows + BLOCK <= LANES else 2 * LANES), jnp.float32)
+        columns = pltpu.VMEM((CHUNK, LANES if _one_tile(lay.rows) else 2 * LANES), jnp.float32)
         return [columns, *(pltpu.VMEM((size, LANES), jnp.float32) for size in sizes)]
 
     def by_span(self, heads: list) -> list[jax.Array]:
@@ -174,6 +170,11 @@ class HeadDecay:
                 edges.append(near * edge_ref[row, :])
             rows = slice(first * BLOCK, (first + 2) * BLOCK)
             yield rows, jnp.concatenate(weights, axis=0), jnp.concatenate(edges, axis=0)
+
+
+def _one_tile(heads: int) -> bool:
+    """Whether both columns of every head, and the last one, fit side by side in a register."""
+    return 2 * heads + BLOCK <= LANES
 
 
 def _to_edge(g, mirrored: bool) -> jax.Array:
