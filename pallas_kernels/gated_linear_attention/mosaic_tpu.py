@@ -9,7 +9,7 @@ Where two heads share a register they share the work on pairs of tokens too, in 
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,29 +47,58 @@ def unrolled(lay: Layout, limit: int) -> int:
     return max(n for n in range(1, limit + 1) if total % n == 0)
 
 
-def for_heads(lay: Layout, steps: int, body: Callable[[Any, Any], Iterator[None]]) -> None:
-    """Runs `body(p, lanes)` for every group p of heads side by side, `steps` of them unrolled.
+class Heads(NamedTuple):
+    """Heads side by side: their number p, their lanes, the step of the loop and the place among those unrolled."""
 
-    What follows a yield in a body is written after the next body's start, which hides what this one waits for.
+    p: Any
+    lanes: Any
+    step: Any
+    slot: int
+
+
+def heads_of(lay: Layout, steps: int, step) -> list[Heads]:
+    """The groups of heads side by side that a step of `for_heads` takes."""
+    found, width = [], lay.pair * lay.values
+    for slot in range(steps):
+        start = (step * steps + slot) * width
+        lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
+        found.append(Heads(step * steps + slot, lanes, step, slot))
+    return found
+
+
+def for_heads(
+    lay: Layout,
+    steps: int,
+    body: Callable[[Heads], Iterator[None]],
+    end: Callable[[Any], Iterator[None]] | None = None,
+) -> None:
+    """Runs `body` for every group of heads side by side, `steps` of them unrolled.
+
+    What follows a yield in a body is written after the next body's part before it: a matrix unit takes its products in
+    the order in which they are written, so that what a product waits for must be old. `end(step)` follows the last
+    body; its parts hide what the last bodies wait for.
     """
-    width = lay.pair * lay.values
 
     def step(i, _=None):
         running: list[Iterator[None]] = []
-        for slot in range(steps):
-            p = i * steps + slot
-            start = p * width
-            lanes = pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), width)
-            running.append(body(p, lanes))
-            for part in reversed(running[-2:]):
-                next(part, None)
-        next(running[-1], None)
+        for heads in heads_of(lay, steps, i):
+            running.append(body(heads))
+            _advance(running)
+        last = iter(()) if end is None else end(i)
+        for _ in range(2):
+            _advance(running)
+            next(last, None)
 
     trips = lay.heads // (steps * lay.pair)
     if trips == 1:
         step(0)
     else:
         jax.lax.fori_loop(0, trips, step, None)
+
+
+def _advance(running: list[Iterator[None]]) -> None:
+    for part in reversed(running):
+        next(part, None)
 
 
 def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: bool, resets: bool):
@@ -100,7 +129,8 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, carried: bool, save: b
     if count == 2:
         between_ref[...] = contract(q[spans[1]], k[spans[0]], 1, 1).astype(dtype)
 
-    def body(p, lanes):
+    def body(heads):
+        p, lanes, *_ = heads
         width = lanes.size
         v, s, whole = v_ref[:, lanes], s_ref[:, lanes], [widen(w, width) for w in decay.whole(p)]
         seen = contract(q_ref[...].astype(dtype), s.astype(dtype), 1, 0)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.gated_linear_attention import mosaic_tpu_channel, xla
-from pallas_kernels.gated_linear_attention.mosaic_tpu import for_heads, unrolled
+from pallas_kernels.gated_linear_attention.mosaic_tpu import for_heads, heads_of, unrolled
 from pallas_kernels.gated_linear_attention.mosaic_tpu_decay import HeadDecay, apart, join
 from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     BLOCK,
@@ -28,11 +28,13 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     cumulate,
     decayed,
     layout,
+    numbered,
     refuse,
     widen,
 )
 
-UNROLL = 4  # pairs of heads
+UNROLL = 8  # pairs of heads; more are a little faster, and take much longer to compile
+WIDE = 2  # times the forward pass's lanes: what heads share is made, and the sums over them are added, once
 
 
 def supports(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *, scale: float, chunk_size: int) -> None:
@@ -49,10 +51,12 @@ def _head_sums(x, count: int) -> jax.Array:
 
 
 def _exact_head_sums(x, count: int, dtype) -> jax.Array:
-    """`_head_sums` of float32 [n, 128] where sums nearly cancel: in bfloat16, both parts of a number are summed."""
-    high = x.astype(dtype)
-    out = _head_sums(high, count)
-    return out if dtype == jnp.float32 else out + _head_sums((x - high.astype(jnp.float32)).astype(dtype), count)
+    """`_head_sums` of float32 [n, 128] where sums nearly cancel: in bfloat16, both halves of a number are summed."""
+    if dtype == jnp.float32:
+        return _head_sums(x, count)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)
+    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return _head_sums(high.astype(dtype), count) + _head_sums((x - high).astype(dtype), count)
 
 
 def _fold(x) -> jax.Array:
@@ -61,41 +65,41 @@ def _fold(x) -> jax.Array:
     return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)])
 
 
-def _within(decay, p, n: int, dscores, refs, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _within(decay, p, n: int, dscores, refs, dtype) -> tuple[jax.Array, jax.Array]:
     """Pairs of tokens of a span, sources in the rows: adds to the gradient of their products.
 
-    Returns their scores, none of a token with itself, how they flow through the decays, and the decays from the next
-    token to the span's end.
+    Returns their scores, none of a token with itself, and how they flow through the decays.
     """
     products_ref, dproducts_ref = refs
-    span, scores, flows, outs = decay.span, [], [], []
-    for rows, weight, out in decay.blocks(p, n):
+    span, scores, flows = decay.span, [], []
+    for rows, weight, _ in decay.blocks(p, n):
         at = slice(n * span + rows.start, n * span + rows.stop)
-        products, dproducts = products_ref[at, :], weight * dscores[rows]
-        dproducts_ref[at, :] += dproducts
-        scores.append((weight * products).astype(dtype))
+        dproducts_ref[at, :] += weight * dscores[rows]
+        scores.append((weight * products_ref[at, :]).astype(dtype))
         # Of the rounded scores, as the values' gradient is: their sums over targets and over sources cancel.
         flows.append(scores[-1].astype(jnp.float32) * dscores[rows])
-        outs.append(out)
-    scores, flows, outs = (jnp.concatenate(x, axis=0) for x in (scores, flows, outs))
-    return scores, flows, outs
+    return jnp.concatenate(scores, axis=0), jnp.concatenate(flows, axis=0)
 
 
 def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     q_ref, k_ref, v_ref, g_ref, s_ref, dy_ref, dstate_ref, *refs = refs
     dq_ref, dk_ref, dv_ref, dg_ref, dbefore_ref, *refs = refs
     ds_ref, dq_sum, dk_sum, dq_in, transposed_ref, *refs = refs
-    same_ref, *refs = refs
+    seen_ref, added_ref, ds_half_ref, dv_part_ref, same_ref, *refs = refs
     product_refs, between_refs, flow_refs, tables = refs[:2], refs[2:5], refs[5:8], refs[8:]
     products_ref, dproducts_ref = product_refs
     between_ref, half_ref, dbetween_ref = between_refs
     arriving, departing, onward = flow_refs
-    t, h, count = pl.program_id(2), pl.program_id(3), lay.pair
+    t, h, count, steps = pl.program_id(2), pl.program_id(3), lay.pair, unrolled(lay, UNROLL)
     spans = [slice(start, start + CHUNK // count) for start in range(0, CHUNK, CHUNK // count)]
+
+    # The gradient of the state by steps of the loop: within one, every address is known to the compiler.
+    shares = [(i, slice(i * ds_ref.shape[3], (i + 1) * ds_ref.shape[3])) for i in range(ds_ref.shape[1])]
 
     @pl.when(t == 0)
     def _():
-        ds_ref[h] = dstate_ref[...]
+        for i, lanes in shares:
+            ds_ref[h, i] = dstate_ref[:, lanes]
 
     @pl.when(h == 0)
     def _():
@@ -119,67 +123,104 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
         between_ref[...] = contract(k[spans[0]], jnp.concatenate([q[spans[1]]] * count, axis=0), 1, 1)
         half_ref[...] = between_ref[:, : lay.values].astype(dtype)
 
-    def body(p, lanes):
+    def body(heads):
+        p, lanes, step, slot = heads
         width = lanes.size
-        v, dy = (ref[:, lanes].astype(jnp.float32) for ref in (v_ref, dy_ref))
-        s, ds = s_ref[:, lanes], ds_ref[h, :, lanes]
-        s_half, ds_half, v_half, dy_half = (x.astype(dtype) for x in (s, ds, v, dy))
+        own = (h, step, slice(None), slice(slot * width, (slot + 1) * width))
         wholes = [widen(w, width) for w in decay.whole(p)]
+
+        def load(ref, span=slice(None)):
+            return ref[span, lanes].astype(jnp.float32)
+
+        def keep(n, flow):
+            start = (n * decay.rows + p) * BLOCK
+            onward[pl.ds(start if isinstance(p, int) else pl.multiple_of(start, BLOCK), BLOCK), :] = _fold(flow)
+
+        # The products that wait for none other. Rows decayed to the edges of the chunk, and between its spans.
         until = widen(decay.other(p), width)
-        dvs, flows, outs, after = [], [], [], []
+        outs = [widen(decay.edges(p, n), width) for n in range(count)]
+        seen = [until[span] * load(dy_ref, span) for span in spans]
+        added = [out * load(v_ref, span) for out, span in zip(outs, spans, strict=True)]
+        if count == 2:
+            leaving, entering = added[0].astype(dtype), seen[1].astype(dtype)
+            seen[1], added[0] = seen[1] * wholes[0], added[0] * wholes[1]
+        for span, x, y in zip(spans, seen, added, strict=True):
+            seen_ref[slot, span], added_ref[slot, span] = x.astype(dtype), y.astype(dtype)
+        all_scores = []
         for n, span in enumerate(spans):
-            by_head = apart(dy_half[span], count)
-            dscores = contract(v_half[span], by_head, 1, 1)
-            scores, flow, out = _within(decay, p, n, dscores, product_refs, dtype)
-            dvs.append(contract(scores, by_head, 1, 0))
-            flows.append(_fold(flow))
-            outs.append(widen(out, width))
+            by_head = apart(load(dy_ref, span).astype(dtype), count)
+            dscores = contract(load(v_ref, span).astype(dtype), by_head, 1, 1)
+            scores, flow = _within(decay, p, n, dscores, product_refs, dtype)
+            keep(n, flow)
+            all_scores.append(scores)
         if count == 2:
             # From the first span to the second: through the edge between them.
-            leaving, entering = outs[0] * v[spans[0]], (until * dy)[spans[1]].astype(dtype)
-            dbetween = contract(leaving.astype(dtype), apart(entering, count), 1, 1)
+            dbetween = contract(leaving, apart(entering, count), 1, 1)
             dbetween_ref[...] += dbetween
-            flows.append(_fold(between_ref[...] * dbetween))
-            dvs[0] = dvs[0] + outs[0] * contract(half_ref[...], entering, 1, 0)
-            until = jnp.concatenate([until[spans[0]], until[spans[1]] * wholes[0]], axis=0)
-            outs[0] = outs[0] * wholes[1]
-            wholes = [wholes[0] * wholes[1]]
+            keep(2, between_ref[...] * dbetween)
+        ds_half_ref[slot] = ds_ref[own].astype(dtype)
+        for n, span in enumerate(spans):
+            dv_out = contract(k_ref[span, :].astype(dtype), ds_half_ref[slot], 1, 0)
+            if n < count - 1:
+                keep(3, added_ref[slot, span].astype(jnp.float32) * dv_out)
+                dv_out = wholes[1] * dv_out + contract(half_ref[...], entering, 1, 0)
+            dv_part_ref[slot, span] = outs[n] * dv_out
+        y_in = contract(q_ref[...].astype(dtype), load(s_ref).astype(dtype), 1, 0)
+        seen = decayed(seen_ref[slot].astype(jnp.float32), y_in, resets).astype(dtype)
         yield
-        # From the state before the chunk, and to the state after it.
-        after, whole = jnp.concatenate(outs, axis=0), jnp.broadcast_to(wholes[0], s.shape)
-        seen, added = dy * until, (after * v).astype(dtype)
-        dq_to = dq_in if resets else dq_sum
-        dq_to[...] += contract(seen.astype(dtype), s_half, 1, 1)
-        dk_sum[...] += contract(added, ds_half, 1, 1)
-        dv_out = after * contract(k_ref[...].astype(dtype), ds_half, 1, 0)
-        dv = jnp.concatenate(dvs, axis=0) + dv_out
-        dv_ref[:, lanes] = (dv + widen(same_ref[...], width) * dy).astype(dv_ref.dtype)
-        ds_ref[h, :, lanes] = whole * ds + contract(transposed_ref[...], seen.astype(dtype), 1, 0)
+        # The gradients of the values, and of the state before the chunk.
+        left = []
+        for n, span in enumerate(spans):
+            by_head = apart(load(dy_ref, span).astype(dtype), count)
+            dv = contract(all_scores[n], by_head, 1, 0) + dv_part_ref[slot, span]
+            dv_ref[span, lanes] = (dv + widen(same_ref[span, :], width) * load(dy_ref, span)).astype(dv_ref.dtype)
+            left.append(load(v_ref, span) * dv)
+        left = jnp.concatenate(left, axis=0)
+        whole = functools.reduce(jnp.multiply, wholes)
+        flow = _fold(ds_ref[own] * load(s_ref))
+        keep(4 if count == 2 else 1, decayed(jnp.broadcast_to(whole[:, :LANES], flow.shape), flow, resets))
+        ds = jnp.broadcast_to(whole, (lay.keys, width)) * ds_ref[own]
+        ds_ref[own] = ds + contract(transposed_ref[...], seen_ref[slot], 1, 0)
+        yield
         # What flows through the decays.
-        y_in = contract(q_ref[...].astype(dtype), s_half, 1, 0)
-        seen = _head_sums(decayed(until, dy * y_in, resets).astype(dtype), count)
-        left = _exact_head_sums(v * dv, count, dtype)
-        if count == 2:
-            flows.append(_fold((v * dv_out)[spans[0]]))
-        for n, flow in enumerate([*flows, _fold(decayed(whole, s * ds, resets))]):
-            start = (n * decay.rows + p) * BLOCK
-            onward[pl.ds(start if isinstance(p, int) else pl.multiple_of(start, BLOCK), BLOCK), :] = flow
+        seen = _head_sums(seen, count)
+        left = _exact_head_sums(left, count, dtype)
         for n in range(count):
             row = pl.ds(n * decay.rows + p, 1)
             arriving[row, :], departing[row, :] = seen[n : n + 1], left[n : n + 1]
 
-    for_heads(lay, unrolled(lay, UNROLL), body)
+    def end(step):
+        # From the state before the chunk, and to the state after it.
+        own = heads_of(lay, steps, step)
+        dq_to = dq_in if resets else dq_sum
+        dq = dq_to[...]
+        for heads in own:
+            dq += contract(seen_ref[heads.slot], s_ref[:, heads.lanes].astype(dtype), 1, 1)
+        dq_to[...] = dq
+        yield
+        dk = dk_sum[...]
+        for heads in own:
+            dk += contract(added_ref[heads.slot], ds_half_ref[heads.slot], 1, 1)
+        dk_sum[...] = dk
+
+    for_heads(lay, steps, body, end)
     if resets:
         dq_sum[...] += jnp.where(widen(decay.seen(), lay.keys) > 0.0, dq_in[...], 0.0)
-    pairs = [(spans[n], spans[n], scale * dproducts_ref[spans[n], :]) for n in range(count)]
+    dproducts = scale * dproducts_ref[...]
     if count == 2:
-        pairs.append((spans[0], spans[1], dbetween_ref[...]))
-    for source, target, dproducts in pairs:
-        dproducts = dproducts.astype(dtype)
-        dk_sum[source, :] += contract(dproducts, jnp.concatenate([q[target]] * count, axis=0), 1, 0)
-        by_head = contract(dproducts, k[source], 0, 0)
-        dq_sum[target, :] += sum(by_head[n * decay.span : (n + 1) * decay.span] for n in range(count))
-    _write_decay(dg_ref, flow_refs, decay)
+        # Of both heads, and all sources beside all targets.
+        within, between = dproducts + pltpu.roll(dproducts, decay.span, 1), dbetween_ref[...]
+        between = between + pltpu.roll(between, decay.span, 1)
+        first = jax.lax.broadcasted_iota(jnp.int32, between.shape, 1) < decay.span
+        rows = jnp.where(first, within[spans[0]], between), jnp.where(first, 0.0, within[spans[1]])
+        dproducts = jnp.concatenate(rows, axis=0)
+    dk_sum[...] += contract(dproducts.astype(dtype), q_ref[...].astype(dtype), 1, 0)
+    dq_sum[...] += contract(dproducts.T.astype(dtype), k_ref[...].astype(dtype), 1, 0)
+    documents = None
+    if resets:
+        g = jnp.broadcast_to(jnp.max(g_ref[...], axis=0, keepdims=True), (BLOCK, LANES))
+        documents = numbered(g, 1)
+    _write_decay(dg_ref, flow_refs, decay, documents)
 
     @pl.when(h == pl.num_programs(3) - 1)
     def _():
@@ -188,14 +229,15 @@ def _head_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
 
     @pl.when(t == pl.num_programs(2) - 1)
     def _():
-        dbefore_ref[...] = ds_ref[h]
+        for i, lanes in shares:
+            dbefore_ref[:, lanes] = ds_ref[h, i]
 
 
-def _write_decay(dg_ref, flow_refs, decay) -> None:
+def _write_decay(dg_ref, flow_refs, decay, documents) -> None:
     """Gradients of the log decays: what reaches a later token, or the end, from an earlier one, or the start.
 
-    Within a span that is what later tokens receive from all of it, and earlier ones give to all of it and to what
-    follows, less all that passes within it.
+    Within a span that is what later tokens receive from before it, and what earlier ones give to all that follows less
+    what they receive within it. Those sums end with the document: what cancels leaves rounding errors.
     """
     arriving, departing, onward = flow_refs
     count, rows, span = decay.count, decay.rows, decay.span
@@ -208,17 +250,18 @@ def _write_decay(dg_ref, flow_refs, decay) -> None:
     def only(x, n: int) -> jax.Array:
         return jnp.where((lane >= n * span) & (lane < (n + 1) * span), x, 0.0)
 
-    inside = [folded(n) for n in range(count)]
-    targets = decay.by_head([inside[0], inside[1] + folded(2)] if count == 2 else inside)
+    inside = decay.by_head([folded(n) for n in range(count)])
+    crossing = decay.by_head([jnp.zeros_like(inside[0]), folded(2)]) if count == 2 else [0.0]
     through, across = (folded(4), folded(3)) if count == 2 else (folded(1), None)
     for n in range(count):
         seen, left = (ref[n * rows : (n + 1) * rows, :] for ref in (arriving, departing))
-        past = [only(through - x, n) for x in inside]
+        left = left - inside[n]
+        past = [only(through, n)] * count
         if count == 2:  # the second span's targets see the start through all of the first, whose sources see the end
             past = [past[0] + only(seen, 1), past[1] + only(across, n)]
         past = [jnp.sum(x, axis=1, keepdims=True) for x in past]
-        onto = cumulate(targets[n] + seen, 1, reverse=True, span=span)
-        away = cumulate(left, 1, reverse=False, span=span) - left
+        onto = cumulate(crossing[n] + seen, 1, reverse=True, span=span)
+        away = cumulate(left, 1, reverse=False, span=span, documents=documents) - left
         past = join([jnp.broadcast_to(x, seen.shape) for x in past])
         dg_ref[pl.ds(n, rows, stride=count), :] = onto + away + past
 
@@ -229,7 +272,7 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
     decay = "shared_rows" if g.shape[0] == 1 else "rows"
     dtype = compute_dtype(q, k, v)
     kernel = functools.partial(_head_kernel, lay=lay, scale=scale, dtype=dtype, resets=resets)
-    count = lay.pair
+    count, steps = lay.pair, unrolled(lay, UNROLL)
     rows, span = pltpu.VMEM((lay.rows, LANES), jnp.float32), CHUNK // count
     return pl.pallas_call(
         kernel,
@@ -242,9 +285,12 @@ def _by_head(q, k, v, g, boundaries, dy, dstate, lay: Layout, *, scale: float, r
             jax.ShapeDtypeStruct(dstate.shape, jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((lay.blocks, lay.keys, lay.lanes), jnp.float32),
+            pltpu.VMEM((lay.blocks, lay.heads // (steps * count), lay.keys, steps * count * lay.values), jnp.float32),
             *[pltpu.VMEM((CHUNK, lay.keys), jnp.float32)] * 3,
             pltpu.VMEM((lay.keys, CHUNK), dtype),
+            *[pltpu.VMEM((steps, CHUNK, count * lay.values), dtype)] * 2,
+            pltpu.VMEM((steps, lay.keys, count * lay.values), dtype),
+            pltpu.VMEM((steps, CHUNK, count * lay.values), jnp.float32),
             *[pltpu.VMEM((CHUNK, LANES), jnp.float32)] * 3,
             pltpu.VMEM((span, LANES), jnp.float32),
             pltpu.VMEM((span, span), dtype),
@@ -266,7 +312,7 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     if q.shape[1] == 1:
         arrays = (q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate)
         return xla.backward(*arrays, scale=scale, chunk_size=chunk_size)
-    lay = layout(q, v, chunk_size)
+    lay = layout(q, v, chunk_size, WIDE)
     per_channel = log_decay is not None and log_decay.ndim == 4
     decay = (lay.channels if per_channel else lay.head_rows)(log_decay, reset, valid)
     dq, dk, dv, dg, dbefore = (mosaic_tpu_channel.backward if per_channel else _by_head)(

@@ -26,6 +26,7 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     contract,
     cumulate,
     decayed,
+    numbered,
     widen,
 )
 
@@ -206,7 +207,12 @@ def _backward_kernel(*refs, lay: Layout, scale: float, dtype, resets: bool):
     def _():
         dq, dk, out, diagonal = dq_sum[...], dk_sum[...], out_sum[...], itself[...].astype(dtype)
         departing = k * out
-        total = cumulate(q * dq - k * dk, 0, reverse=True) + (cumulate(departing, 0, reverse=False) - departing)
+        documents = None
+        if resets:
+            documents = numbered(jnp.broadcast_to(jnp.max(g_ref[...], axis=1, keepdims=True), (CHUNK, LANES)), 0)
+        total = cumulate(q * dq - k * dk, 0, reverse=True, documents=documents) + (
+            cumulate(departing, 0, reverse=False) - departing
+        )
         dg_ref[...] = total + passing[:1, :]
         dq_ref[...] = (scale * (dq + contract(diagonal, k.astype(dtype), 1, 0))).astype(dq_ref.dtype)
         dk_ref[...] = (dk + out + contract(diagonal, q.astype(dtype), 1, 0)).astype(dk_ref.dtype)

@@ -36,13 +36,14 @@ class HeadDecay:
     whole [rows, 128]: exp(sum over the span) in the lanes of each head.
     columns [128, 128], tokens in the sublanes: lane n * rows + p holds the factor of the row for head n, the next
     count * rows lanes the decay from the token to the span's end (from the span's start to the token), the next lane
-    more than 0 if a head sees the state before the chunk.
+    more than 0 if a head sees the state before the chunk. All but the factors are 128 lanes on if there is no room.
     What counts from the span's start is multiplied by `scale`.
     """
 
     def __init__(self, g_ref, scale: float, tables, count: int, *, mirrored: bool = False):
         self.count, self.rows, self.span, self.mirrored = count, g_ref.shape[0] // count, CHUNK // count, mirrored
         self.scale = scale
+        self.one_tile = _one_tile(g_ref.shape[0])
         self.columns_ref, *rest = tables
         self.tables = [rest[4 * i : 4 * i + 4] for i in range(count)]
         heads = [g_ref[pl.ds(n, self.rows, stride=count), :] for n in range(count)]
@@ -53,16 +54,22 @@ class HeadDecay:
         columns += self.by_head([scale * x for x in ends] if mirrored else ends)
         if mirrored:
             columns.append(self._seen(ends))
-        stacked = jnp.concatenate(columns, axis=0)
-        self.columns_ref[:, : stacked.shape[0]] = stacked.T
+        for lane, parts in ((0, columns),) if self.one_tile else ((0, columns[:count]), (LANES, columns[count:])):
+            stacked = jnp.concatenate(parts, axis=0)
+            self.columns_ref[:, lane : lane + stacked.shape[0]] = stacked.T
+
+    def _others(self) -> tuple[slice, int]:
+        """The lanes of the columns' register that holds the decays to an end, and the first of them."""
+        return (slice(0, LANES), self.count * self.rows) if self.one_tile else (slice(LANES, 2 * LANES), 0)
 
     @staticmethod
     def scratch(lay: Layout) -> list:
         """The memory it takes."""
         rows, count = lay.rows // lay.pair, lay.pair
         blocks = CHUNK // count // BLOCK
-        sizes = [CHUNK, *[blocks * rows, blocks * rows, BLOCK * rows, rows] * count]
-        return [pltpu.VMEM((size, LANES), jnp.float32) for size in sizes]
+        sizes = [blocks * rows, blocks * rows, BLOCK * rows, rows] * count
+        columns = pltpu.VMEM((CHUNK, LANES if _one_tile(lay.rows) else 2 * LANES), jnp.float32)
+        return [columns, *(pltpu.VMEM((size, LANES), jnp.float32) for size in sizes)]
 
     def by_span(self, heads: list) -> list[jax.Array]:
         """Rows [rows, 128 tokens] of each head of a group -> [rows, (n, token)] of each span."""
@@ -115,7 +122,8 @@ class HeadDecay:
 
     def seen(self) -> jax.Array:
         """[128, 128], more than 0 where the state before the chunk is seen; of a mirrored one."""
-        lane = 2 * self.count * self.rows
+        tile, first = self._others()
+        lane = tile.start + first + self.count * self.rows
         return jnp.broadcast_to(self.columns_ref[:, lane : lane + 1], (CHUNK, LANES))
 
     def whole(self, p) -> list[jax.Array]:
@@ -128,9 +136,20 @@ class HeadDecay:
 
     def other(self, p) -> jax.Array:
         """[128, 128] from the next token to its span's end (scale times from its span's start to the token)."""
-        lanes = self._lanes(p) + self.count * self.rows
-        blocks = [self.columns_ref[i : i + BLOCK, :] for i in range(0, CHUNK, BLOCK)]
+        tile, first = self._others()
+        lanes = self._lanes(p) + first
+        blocks = [self.columns_ref[i : i + BLOCK, tile] for i in range(0, CHUNK, BLOCK)]
         return jnp.concatenate([pick(block, lanes) for block in blocks], axis=0)
+
+    def edges(self, p, span: int) -> jax.Array:
+        """[span, 128]: scale times the decay from its start to the token (from the next token to its end)."""
+        _, edge_ref, *_ = self.tables[span]
+        lanes, edges = self._lanes(p), []
+        for i in range(self.span // BLOCK):
+            start = span * self.span + i * BLOCK
+            near = pick(self.columns_ref[start : start + BLOCK, :LANES], lanes)
+            edges.append(near * edge_ref[pl.ds(i * self.rows + p, 1), :])
+        return jnp.concatenate(edges, axis=0)
 
     def blocks(self, p, span: int) -> Rows:
         """For every 16 rows of a span: where they are in it, their weights [16, 128], and `edge` [16, 128].
@@ -146,11 +165,16 @@ class HeadDecay:
             weights, edges = [], []
             for i in (first, first + 1):
                 start = span * self.span + i * BLOCK
-                near, row = pick(self.columns_ref[start : start + BLOCK, :], lanes), pl.ds(i * self.rows + p, 1)
+                near, row = pick(self.columns_ref[start : start + BLOCK, :LANES], lanes), pl.ds(i * self.rows + p, 1)
                 weights.append(jnp.where(block == i, within, near * far_ref[row, :]))
                 edges.append(near * edge_ref[row, :])
             rows = slice(first * BLOCK, (first + 2) * BLOCK)
             yield rows, jnp.concatenate(weights, axis=0), jnp.concatenate(edges, axis=0)
+
+
+def _one_tile(heads: int) -> bool:
+    """Whether both columns of every head, and the last one, fit side by side in a register."""
+    return 2 * heads + BLOCK <= LANES
 
 
 def _to_edge(g, mirrored: bool) -> jax.Array:

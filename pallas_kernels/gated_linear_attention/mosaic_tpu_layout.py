@@ -28,6 +28,7 @@ class Layout:
     key: int
     value: int
     chunk_size: int
+    wide: int = 1  # a step takes up to so many times MAX_LANES
 
     @property
     def chunks(self) -> int:
@@ -54,8 +55,8 @@ class Layout:
     @property
     def heads(self) -> int:
         """Heads of a step."""
-        lanes, pair = self.values, self.pair
-        fits = [n for n in range(pair, self.ratio + 1, pair) if self.ratio % n == 0 and n * lanes <= MAX_LANES]
+        most, pair = self.wide * MAX_LANES // self.values, self.pair
+        fits = [n for n in range(pair, min(most, self.ratio) + 1, pair) if self.ratio % n == 0]
         return max(fits, default=pair)
 
     @property
@@ -134,10 +135,10 @@ class Layout:
         return jnp.swapaxes(g.reshape(g.shape[0], -1, self.length), 1, 2)
 
 
-def layout(q, v, chunk_size: int) -> Layout:
+def layout(q, v, chunk_size: int, wide: int = 1) -> Layout:
     """The layout of one call."""
     (_, length, groups, key), (heads, value) = q.shape, v.shape[2:]
-    return Layout(length, groups, heads // groups, key, value, chunk_size)
+    return Layout(length, groups, heads // groups, key, value, chunk_size, wide)
 
 
 def masked_decay(g, reset, valid) -> jax.Array:
@@ -187,13 +188,25 @@ def decayed(factor, x, resets: bool) -> jax.Array:
     return jnp.where(factor == 0.0, 0.0, factor * x) if resets else factor * x
 
 
-def cumulate(x, axis: int, *, reverse: bool, span: int = CHUNK) -> jax.Array:
-    """Inclusive sums along an axis of 128, from the last to the first when reversed, anew in every span."""
+def cumulate(x, axis: int, *, reverse: bool, span: int = CHUNK, documents=None) -> jax.Array:
+    """Inclusive sums along an axis of 128, from the last to the first when reversed, anew in every span.
+
+    And anew in every document, if their numbers along the axis are given, in one register's worth of the other axis.
+    """
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) & (span - 1)
     for size in (2**n for n in range((span - 1).bit_length())):
-        inside = index < span - size if reverse else index >= size
-        x = x + jnp.where(inside, pltpu.roll(x, CHUNK - size if reverse else size, axis), 0.0)
+        inside, shift = index < span - size if reverse else index >= size, CHUNK - size if reverse else size
+        if documents is not None:
+            other = pltpu.roll(documents, shift, axis) - documents
+            other = jnp.concatenate([other] * (x.shape[1 - axis] // other.shape[1 - axis]), axis=1 - axis)
+            inside = inside & (other == 0.0)
+        x = x + jnp.where(inside, pltpu.roll(x, shift, axis), 0.0)
     return x
+
+
+def numbered(g, axis: int) -> jax.Array:
+    """The number of each token's document in a chunk along an axis, from log decays that are -inf where one starts."""
+    return cumulate(jnp.where(g == -jnp.inf, 1.0, 0.0), axis, reverse=False)
 
 
 def block_specs(lay: Layout, order: Callable[..., tuple]) -> dict[str, pl.BlockSpec]:

@@ -11,6 +11,7 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.gated_linear_attention import (
     gated_linear_attention,
     mosaic_tpu,
+    mosaic_tpu_backward,
     mosaic_tpu_layout,
     xla,
 )
@@ -127,6 +128,27 @@ def test_widths_groups_scale_and_no_state(monkeypatch, decay, sizes, scale):
     args = draw(decay, 1, CHUNK + 3, **sizes) | {"state": None}
     with interpret():
         check(args, scale=scale)
+
+
+def test_a_loop_over_heads_in_several_steps(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu_layout, "MAX_LANES", 128)
+    monkeypatch.setattr(mosaic_tpu_backward, "UNROLL", 1)
+    with interpret():
+        check(draw("head", 1, CHUNK + 3, heads=8, groups=1))
+
+
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_gradients_do_not_meet_across_documents_not_even_by_rounding(decay):
+    args, reset = draw(decay, 1, 90), np.isin(np.arange(90), (20, 70))[None]
+    dy, dstate = draw_cotangents(args)
+    other = ~((np.arange(90) >= 20) & (np.arange(90) < 70))
+    dy[:, other] = 0
+    with interpret():
+        _, gradients = run_and_pull(args, (dy, 0 * dstate), reset)
+    for name in by_token(args):
+        assert (np.asarray(gradients[name])[:, other] == 0).all(), name
+        assert (np.asarray(gradients[name])[:, ~other] != 0).any(), name
+    assert (np.asarray(gradients["state"]) == 0).all()
 
 
 @pytest.mark.parametrize("decay", ["head", "channel"])
