@@ -6,7 +6,7 @@ A row shows pairs of a key and a value, then asks for the value of every key (ar
 launch/configs/state_tracking.py, and the comparison is its other half: what a fixed state can hold. More pairs:
 --config.data.source.pairs=16 --config.sequence_length=128.
 
-Expected on 2 CPU cores: some ten minutes per variant; the accuracies have not been measured.
+How long a variant takes, and what it reaches, has not been measured.
 """
 
 from typing import Any
