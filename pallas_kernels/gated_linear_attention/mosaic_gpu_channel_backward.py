@@ -232,8 +232,9 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     states = states_before(lay, after, values, jnp.swapaxes(whole, 1, 2)[..., None], boundaries)
     arrays = (until, after, dy, within, whole, states, xla.flat(dstate, lay.groups))
     dv, dstates, passing, dbefore = _over_time(lay, *arrays, scale)
-    products = _products(lay, dy, values, states, dstates, seen, scale)
-    dq, dk, dg = _through_scores(lay, queries, keys, high, low, *products, lay.documents(reset, batch))
+    dscores, duntil, dafter = _products(lay, dy, values, states, dstates, seen, scale)
+    documents = lay.documents(reset, batch)
+    dq, dk, dg = _through_scores(lay, queries, keys, high, low, dscores, duntil, dafter, documents)
     dg = dg.reshape(batch, lay.groups, lay.steps, STEP, lay.key) + passing[:, :, :, None]
     dg = jnp.swapaxes(dg.reshape(batch, lay.groups, -1, lay.key), 1, 2)[:, : lay.length]
     dbefore = None if state is None else xla.unflat(dbefore, lay.heads // lay.groups)

@@ -123,8 +123,8 @@ def _longest_loop(schedule: Schedule) -> int | None:
     lengths = {}
     for at, bundle in enumerate(schedule.bundles):
         jump = branch(bundle)
-        if jump is not None and schedule.targets[jump.region] <= at:
-            lengths[at] = at - schedule.targets[jump.region]
+        if jump is not None and schedule.targets[jump.region] <= at:  # type: ignore[index]
+            lengths[at] = at - schedule.targets[jump.region]  # type: ignore[index]
     return max(lengths, key=lambda at: lengths[at], default=None)
 
 
