@@ -128,10 +128,11 @@ def _pieces(
     """{Hugging Face name: its pieces} for all leaves of a model, in the order of the rules, and {copy: name} of the
     names under which shared weights may be stored once more."""
     layers = _places(config, family.per_layer)
+    outside = [_Place(roots=layers[0].roots)]  # a leaf of all layers stands with the first one's
     table: dict[str, tuple[Piece, ...]] = {}
     copies: dict[str, str] = {}
     for rule in family.rules:
-        for place in layers if "{layer}" in rule.key or "{source}" in rule.key else [_Place()]:
+        for place in layers if "{layer}" in rule.key or "{source}" in rule.key else outside:
             roots = collections.defaultdict(str, place.roots)
             paths = [path.format_map(roots) for path in rule.paths]
             if not all(path in specs for path in paths):

@@ -87,12 +87,13 @@ def param_specs(config: ZambaBlock, width: int) -> Tree:
     if scale := norm.param_specs(config.norm, (out,), ("embed",)):
         specs["norm"] = scale
     updates: dict[str, Spec] = {}
+    rank = config.rank or 0  # without one there is nothing to update
     for a, (component, names) in config.updated().items():
         bases = {name: specs[component][name] for name in names}
         inputs = bases[names[0]]
-        updates[a] = Spec((inputs.shape[0], config.rank), (inputs.axes[0], "rank"), normal, inputs=1)
+        updates[a] = Spec((inputs.shape[0], rank), (inputs.axes[0], "rank"), normal, inputs=1)
         for name, base in bases.items():
-            updates[f"{name}_b"] = Spec((config.rank, *base.shape[1:]), ("rank", *base.axes[1:]), inputs=1)
+            updates[f"{name}_b"] = Spec((rank, *base.shape[1:]), ("rank", *base.axes[1:]), inputs=1)
     return {**specs, "updates": updates} if updates else specs
 
 
