@@ -33,7 +33,7 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import (
     widen,
 )
 
-UNROLL = 8  # pairs of heads; more are a little faster, and take much longer to compile
+UNROLL = 10  # pairs of heads; more are a little faster, and take much longer to compile
 WIDE = 2  # times the forward pass's lanes: what heads share is made, and the sums over them are added, once
 
 
@@ -251,7 +251,7 @@ def _write_decay(dg_ref, flow_refs, decay, documents) -> None:
         return jnp.where((lane >= n * span) & (lane < (n + 1) * span), x, 0.0)
 
     inside = decay.by_head([folded(n) for n in range(count)])
-    crossing = decay.by_head([jnp.zeros_like(inside[0]), folded(2)]) if count == 2 else [0.0]
+    crossing = [only(x, 1) for x in (pltpu.roll(folded(2), span, 1), folded(2))] if count == 2 else [0.0]
     through, across = (folded(4), folded(3)) if count == 2 else (folded(1), None)
     for n in range(count):
         seen, left = (ref[n * rows : (n + 1) * rows, :] for ref in (arriving, departing))
