@@ -1,0 +1,226 @@
+"""Blocks of bfloat16 logits for the TPU kernel: an entry and its place in the block are one float32 number, its key.
+
+A bfloat16 number is the upper half of a float32 one, so the lower half has room for a place, and keys are ordered as
+their entries are by one maximum instead of comparisons and selections. Three kinds of numbers would break the order:
+zeros (denormal with a place), so exponents are one higher; -inf and the largest, so entries are not below the row's
+k-th best (which cannot enter anyway), and a block of larger numbers, as one of NaN, is left to the general kernel.
+
+One pass over a block keeps, per lane, the sum of exponentials relative to an earlier maximum, the two largest keys and
+the third as a bound. The lanes' keys are sorted, and merged with the row's list of the k best. Where a bound may enter
+the list, another pass finds the keys behind the two.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.softmax_topk import sorting
+from pallas_kernels.tiles import LANES
+
+GROUP = 32  # rows whose accumulators a loop keeps in registers
+SEARCHED = 16  # rows that are searched together
+_CHUNKS = 512  # 9 bits of a key; with the lane, 16
+_PLACES = 0xFFFF
+_BIAS = 0x00800000  # one more in the exponent
+_HUGE = 2.0**125
+_LEAST = -(2.0**126)  # entries count as at least this large
+_NO_COLUMN = 1 << 23
+_NOTHING = -1.5 * 2.0**127  # the key of no entry, below that of `_LEAST`
+
+
+def serves(rows: int, columns: int, dtype, unroll: int) -> bool:
+    """Whether blocks of logits have keys."""
+    chunks = columns // LANES
+    whole = chunks <= _CHUNKS and chunks % unroll == 0 and unroll % 2 == 0
+    return dtype == jnp.bfloat16 and rows == LANES and whole
+
+
+def length(k: int) -> int:
+    """Of the list of the k best: a power of two."""
+    return max(sorting.SUBLANES, 1 << (k - 1).bit_length())
+
+
+def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unroll):
+    """Takes a block into the running softmax and the lists, unless its numbers have no keys.
+
+    Args:
+      x_ref: [128, columns], the block.
+      state_refs: (maximum, sum) [128, 128] of the softmax, per row and lane.
+      list_refs: (values, columns) of the lists; NaN where nothing is yet, which holds before the first block alone.
+      scratch_refs: five of [128, 128].
+      kth: function of a list to its k-th, [1, 128].
+      masked: calls a function with the number of columns that there are in the block, or None for all.
+      start: the block's first column.
+      unroll: chunks of columns to a loop step.
+
+    Returns:
+      Whether the block was taken, int32. Else lists and softmax are as before, or useless in the first block.
+    """
+    maximum_ref, total_ref = state_refs
+    values_ref, columns_ref = list_refs
+    *found_refs, least_ref, sum_ref = scratch_refs
+    first = start == 0
+
+    @pl.when(first)
+    def _():
+        reference = jnp.max(x_ref[:, :LANES].astype(jnp.float32), axis=1, keepdims=True)
+        maximum_ref[...] = jnp.broadcast_to(jnp.clip(reference, -_HUGE, _HUGE), (LANES, LANES))
+        values_ref[...] = jnp.full_like(values_ref, -jnp.inf)
+        columns_ref[...] = jnp.full_like(columns_ref, _NO_COLUMN)
+
+    def scan_all(limit):
+        for group in _groups(GROUP):
+            carry = (least_ref[group], maximum_ref[group]), total_ref[group]
+            *keys, sum_ref[group] = _scan(x_ref, group, unroll, limit, *carry)
+            for ref, key in zip(found_refs, keys, strict=True):
+                ref[group] = key
+
+    def scan_behind(waits, limit):
+        for group in _groups(SEARCHED):
+            searched = jnp.any(waits & _of_group(group))
+
+            def search(group=group):
+                *keys, _ = _scan(x_ref, group, unroll, limit, (least_ref[group], None), None, found_refs[1][group])
+                for ref, key in zip(found_refs, keys, strict=True):
+                    ref[group] = key
+
+            def skip(group=group):
+                for ref in found_refs:
+                    ref[group] = jnp.full_like(ref[group], _NOTHING)
+
+            lax.cond(searched, search, skip)
+
+    def offer(_):
+        _merge(found_refs, values_ref, columns_ref, start)
+        waits = _waiting(found_refs[2], kth(values_ref[...]), kth(columns_ref[...]), start)
+        waiting = jnp.any(waits)
+        pl.when(waiting)(lambda: masked(lambda limit: scan_behind(waits, limit)))
+        return waiting.astype(jnp.int32)
+
+    def take():
+        least_ref[...] = jnp.broadcast_to(jnp.maximum(kth(values_ref[...]), _LEAST), (LANES, LANES)).T
+        masked(scan_all)
+
+        def commit():
+            largest = jnp.maximum(maximum_ref[...], _value(found_refs[0][...]))
+            total_ref[...] = sum_ref[...] * jnp.exp(maximum_ref[...] - largest)
+            maximum_ref[...] = largest
+            lax.while_loop(lambda waiting: waiting > 0, offer, jnp.int32(1))
+            return jnp.all(kth(values_ref[...]) > -_HUGE).astype(jnp.int32)
+
+        return lax.cond(jnp.all(sum_ref[...] < jnp.inf), commit, lambda: jnp.int32(0))
+
+    usable = first | (jnp.all(kth(values_ref[...]) > -_HUGE) & jnp.all(values_ref[:1] < _HUGE))
+    return lax.cond(usable, take, lambda: jnp.int32(0))
+
+
+def _groups(size):
+    return [slice(first, first + size) for first in range(0, LANES, size)]
+
+
+def _of_group(group):
+    """Which lanes hold rows of the group, [1, 128]."""
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    return (lane >= group.start) & (lane < group.stop)
+
+
+def _bits(number):
+    return lax.bitcast_convert_type(number, jnp.int32)
+
+
+def _number(bits):
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _value(key):
+    """The entry of a key, float32."""
+    return _number((_bits(key) & ~_PLACES) - _BIAS)
+
+
+def _scan(x_ref, group, unroll, limit, bounds, total, behind=None):
+    """Per lane the two largest keys (smaller than `behind`), the third, and `total` with the exponentials."""
+    least, maximum = bounds
+    shape = least.shape
+
+    def load(chunk):
+        x = x_ref[group, pl.ds(pl.multiple_of(chunk * LANES, LANES), LANES)].astype(jnp.float32)
+        if limit is None:
+            return x
+        return jnp.where(lax.broadcasted_iota(jnp.int32, shape, 1) < limit - chunk * LANES, x, -jnp.inf)
+
+    def key(x, chunk):
+        made = _number(_bits(jnp.maximum(x, least)) + (_BIAS + _CHUNKS - 1 - chunk))
+        return made if behind is None else jnp.where(made < behind, made, _NOTHING)
+
+    def step(i, carry):
+        largest, second, third, total = carry
+        for chunk in range(0, unroll, 2):
+            pair = [load(i * unroll + chunk + n) for n in range(2)]
+            if total is not None:
+                for x in pair:
+                    total += jnp.exp(x - maximum)
+            a, b = (key(x, i * unroll + chunk + n) for n, x in enumerate(pair))
+            high, low = jnp.maximum(a, b), jnp.minimum(a, b)
+            largest, high = jnp.maximum(largest, high), jnp.minimum(largest, high)
+            second = jnp.maximum(second, low)
+            second, low = jnp.maximum(second, high), jnp.minimum(second, high)
+            third = jnp.maximum(third, low)
+        return largest, second, third, total
+
+    steps = x_ref.shape[1] // (unroll * LANES)
+    if limit is not None:
+        steps = lax.div(limit + (unroll * LANES - 1), unroll * LANES)
+    nothing = jnp.full(shape, _NOTHING)
+    return lax.fori_loop(0, steps, step, (nothing, nothing, nothing, total))
+
+
+def _merge(found_refs, values_ref, columns_ref, start):
+    """Brings the two keys of every lane into the lists."""
+    keys = [_ordered(ref[...].T) for ref in found_refs[:2]]
+    lists = _registers(jnp.concatenate(keys))
+    size = values_ref.shape[0] // sorting.SUBLANES
+    lists = [lists[first : first + size] for first in range(0, len(lists), size)]
+    lists = [sorting.sort(part, reverse=i % 2 == 1) for i, part in enumerate(lists)]
+    lists = [[(key,) for key in part] for part in lists]
+    while len(lists) > 1:
+        pairs = list(zip(lists[::2], lists[1::2], strict=True))
+        reverse = [i % 2 == 1 or len(pairs) == 1 for i in range(len(pairs))]
+        lists = [sorting.merge(*pair, sorting.by_key, r) for pair, r in zip(pairs, reverse, strict=True)]
+    best = list(zip(_registers(values_ref[...]), _registers(columns_ref[...]), strict=True))
+    new = [(_value(key), start + _place(key)) for (key,) in lists[0]]
+    values, columns = zip(*sorting.merge(best, new, sorting.by_value), strict=True)
+    values_ref[...], columns_ref[...] = jnp.concatenate(values), jnp.concatenate(columns)
+
+
+def _registers(array):
+    return [array[first : first + sorting.SUBLANES] for first in range(0, array.shape[0], sorting.SUBLANES)]
+
+
+def _ordered(key):
+    """Keys of lanes, [lanes, rows] -> keys ordered as (value descending, column ascending) in all of the block."""
+    bits = _bits(key)
+    value = bits & ~_PLACES
+    value = jnp.where(value == _BIAS - 2**31, _BIAS, value)  # -0
+    place = ((_CHUNKS - 1 - (bits & _PLACES)) << 7) | lax.broadcasted_iota(jnp.int32, key.shape, 0)
+    return _number(value | jnp.where(value < 0, place, _PLACES - place))
+
+
+def _place(key):
+    """The column in the block of an ordered key."""
+    bits = _bits(key)
+    place = bits & _PLACES
+    return jnp.where(bits < 0, place, _PLACES - place)
+
+
+def _waiting(third_ref, value, column, start):
+    """Rows [1, 128] of which a lane's third may enter before the k-th, (value, column)."""
+    bits = _bits(value)
+    earlier = column < start  # what is as large stands behind
+    zero = value == 0
+    negative = (zero & ~earlier) | (~zero & (bits < 0))
+    bits = jnp.where(zero, jnp.where(earlier, 0, -(2**31)), bits) + _BIAS
+    # The smallest key that may enter: of a larger value, or of this one.
+    larger = jnp.where(negative, bits - 1, bits + _PLACES + 1)
+    same = jnp.where(negative, bits + _PLACES, bits)
+    may_enter = jnp.max(third_ref[...].T, axis=0, keepdims=True) >= _number(jnp.where(earlier, larger, same))
+    return may_enter & (value > -_HUGE)  # else the block is not taken
