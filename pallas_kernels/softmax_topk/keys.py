@@ -18,6 +18,7 @@ from pallas_kernels.softmax_topk import sorting
 from pallas_kernels.tiles import LANES
 
 GROUP = 32  # rows whose accumulators a loop keeps in registers
+_LONGER = 2  # times the steps of a block that is there as a whole
 SEARCHED = 16  # rows that are searched together
 _CHUNKS = 512  # 9 bits of a key; with the lane, 16
 _PLACES = 0xFFFF
@@ -152,6 +153,13 @@ def _scan(x_ref, group, unroll, limit, bounds, total, behind=None):
         made = _number(_bits(jnp.maximum(x, least)) + (_BIAS + _CHUNKS - 1 - chunk))
         return made if behind is None else jnp.where(made < behind, made, _NOTHING)
 
+    chunks = x_ref.shape[1] // LANES
+    if limit is not None:
+        steps = lax.div(limit + (unroll * LANES - 1), unroll * LANES)
+    else:  # the longer a step, the less its start and end count
+        unroll = max(n * unroll for n in (1, _LONGER) if chunks % (n * unroll) == 0)
+        steps = chunks // unroll
+
     def step(i, carry):
         largest, second, third, total = carry
         for chunk in range(0, unroll, 2):
@@ -167,9 +175,6 @@ def _scan(x_ref, group, unroll, limit, bounds, total, behind=None):
             third = jnp.maximum(third, low)
         return largest, second, third, total
 
-    steps = x_ref.shape[1] // (unroll * LANES)
-    if limit is not None:
-        steps = lax.div(limit + (unroll * LANES - 1), unroll * LANES)
     nothing = jnp.full(shape, _NOTHING)
     return lax.fori_loop(0, steps, step, (nothing, nothing, nothing, total))
 

@@ -12,6 +12,8 @@ So any input is exact; how many rounds and searches a block takes depends on its
 enter. Entries are ordered by (value descending, column ascending), so the order of lanes and chunks never shows. Rounds
 have rows on lanes and the list on sublanes and vector registers: position p of R registers is sublane p // R of
 register p % R, so that making room moves whole registers.
+
+Blocks of bfloat16 logits mostly go another, cheaper way (`keys`); the general one takes those that it leaves.
 """
 
 import functools
@@ -129,7 +131,7 @@ def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *sc
         _take(x_ref, state_refs, list_refs, found_refs, queue_refs, k, start, masked_at_the_edge)
 
     if key_refs:
-        pl.when(j == 0)(begin)
+        pl.when(j == 0)(begin)  # again where the attempt at the first block fails
         kth = functools.partial(_kth, k=k)
         taken = keys.attempt(x_ref, state_refs, list_refs, key_refs, kth, masked_at_the_edge, start, UNROLL)
         pl.when(taken == 0)(take)

@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.interpret import interpret
-from pallas_kernels.softmax_topk import mosaic_tpu, softmax_topk
+from pallas_kernels.softmax_topk import keys, mosaic_tpu, softmax_topk
 from pallas_kernels.softmax_topk.shapes import MODELS, TINY
 from tests.pallas_kernels.sequences import assert_close
 from tests.pallas_kernels.test_softmax_topk import (
@@ -97,6 +97,20 @@ def test_small_sizes(rows, columns, k):
 def test_several_blocks_of_rows_in_bfloat16():
     logits = jnp.asarray(draw(133, BLOCK_COLUMNS + 1), jnp.bfloat16)
     assert_equals(run(logits, 9), loop(np.asarray(logits, np.float32), 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("k", "shift"), [(40, 1.0), (100, 10.0)])
+def test_keys_of_bfloat16_equal_the_loop(k, shift):
+    """Ties, both signs, zeros of both signs, and lanes that hold many of the best, in blocks that have keys."""
+    rng, columns = np.random.default_rng(0), 3 * BLOCK_COLUMNS - 131
+    zeros = np.where(rng.random((4, columns)) < 0.5, 0.0, -0.0)
+    random = 2 * rng.standard_normal((114, columns)) - shift
+    ascending = np.sort(random[:5])
+    logits = np.concatenate([random[:100], np.round(random[100:]), zeros, ascending, ascending[:, ::-1]])
+    logits = jnp.asarray(logits, jnp.bfloat16)
+    assert keys.serves(*mosaic_tpu.block_sizes(*logits.shape, 2), logits.dtype, mosaic_tpu.UNROLL)
+    assert_equals(run(logits, k), loop(np.asarray(logits, np.float32), k))
 
 
 def test_no_races_and_no_read_of_what_was_never_written():
