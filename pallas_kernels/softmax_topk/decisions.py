@@ -84,7 +84,7 @@ def decide_of_keys(logits, k, block_columns):
         searched = np.ones(LANES, bool)
         for given in range(0, entries.shape[2], 2):
             new = (a[..., given : given + 2].reshape(LANES, -1) for a in (entries, columns))
-            values, kept = _best(values, kept, *new, searched)
+            values, kept = _best(values, kept, *new, rows=searched)
             bound = entries[..., given + 2].max(1) if given + 2 < entries.shape[2] else np.full(LANES, -np.inf)
             behind = _before(values[:, -1], np.where(kept[:, -1] < start, 0, mosaic_tpu._NO_COLUMN), bound, 1)
             waits = searched & ~behind & (bound > -np.inf)

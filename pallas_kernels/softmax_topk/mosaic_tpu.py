@@ -162,7 +162,7 @@ def _take(x_ref, state_refs, list_refs, found_refs, queue_refs, k, start, masked
         _, searched, fresh = carry
         masked_at_the_edge(functools.partial(_search, x_ref, found_refs, searched > 0))
         _fill(queue_refs, found_refs, start, fresh > 0)
-        _rounds(queue_refs, *list_refs, k)
+        _rounds(queue_refs, list_refs[0], list_refs[1], k)
         kth = tuple(_kth(ref[...], k) for ref in list_refs)
         # What is as large as the k-th stands behind it if that is from an earlier block.
         too_small = (kth[0] > queue_refs[4][...]) | ((kth[0] == queue_refs[4][...]) & (kth[1] < start))
