@@ -47,8 +47,8 @@ CLAIMS = {
         "(arXiv:2404.08819). Recurrences that are not linear in their state can hold it at any length; attention and "
         "linear recurrences with diagonal, positive transitions need depth that grows with the length. Trained on rows "
         "of 12 tokens, of which the last ones, new to the model, give the first column, and evaluated on rows of 48. "
-        "Of the nonlinear recurrences the one with exponential gates holds the state beyond what it was trained on; the "
-        "vanilla LSTM, at the same learning rate, does not learn the short rows reliably.",
+        "Of the nonlinear recurrences the one with exponential gates holds the state beyond what it was trained on; "
+        "the vanilla LSTM, at the same learning rate, does not learn the short rows reliably.",
         "launch/configs/state_tracking.py",
         ("slstm", "lstm", "mamba", "attention"),
         {"12 tokens": "accuracy", "48 tokens": "validation_accuracy"},
