@@ -20,6 +20,23 @@ MARKERS = {
     "cost": ("<!-- cost: python docs/kernels.py -->", "<!-- end of cost -->"),
 }
 
+# Why the innermost loops of an op's kernels spill registers.
+_TILES = (
+    "a float32 tile of 128 x 128 takes 16 of the 64 registers, and several are alive: heads or products are in flight "
+    "together, so that none waits for the matrix unit"
+)
+SPILLS = {
+    "attention": "the scores of a chunk, 512 x 512, are four times the register file; smaller chunks wait more",
+    "causal_conv1d": "backward, a step's tiles of x and dy are alive with all their rotations, beside the filters",
+    "gated_linear_attention": f"{_TILES} (backward, per head: a quarter of the spills took a fifth more cycles)",
+    "mlstm": _TILES,
+    "rms_norm_quantize": "all columns of a group of rows are unrolled; memory bounds the kernel",
+    "selective_scan": "four groups of eight tokens overlap, which hides the latency of their exponentials; two, three, "
+    "six and eight take more cycles",
+    "softmax_topk": "four rounds overlap, each with the list of 128 rows beside the entries that may go into it",
+    "taylor_linear_attention": _TILES,
+}
+
 
 def cases(op: str):
     """The calls that the table of an op tells of: its tiny shapes, and the first of them in float16."""
@@ -84,8 +101,9 @@ def cost_table() -> str:
     for name, row in golden["kernels"].items():
         passes.setdefault(tuple(name.split("/")[:3]), []).append(row)
     lines = [
-        "| op | shape | pass | kernels | cycles | MB | floor, cycles | bound | ratio | whole program | xla | earned |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| op | shape | pass | kernels | cycles | MB | spills | floor, cycles | bound | ratio | whole program | xla "
+        "| earned |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (op, shape, direction), rows in passes.items():
         cycles = [row["cycles"] for row in rows]
@@ -103,9 +121,15 @@ def cost_table() -> str:
         estimate = golden["estimates"][name]
         whole = "unknown" if estimate is None else f"{estimate:,.0f}"
         xla, earned = _xla(golden["xla"].get(name), estimate)
-        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", *bound, ratio)
+        spills = sum(row["inner_spills"] for row in rows)
+        spilled = f"{spills:,}" if spills else ""
+        cells = (f"`{op}`", shape, direction, str(len(rows)), counted, f"{size / 1e6:,.1f}", spilled, *bound, ratio)
         cells += whole, xla, earned
         lines.append("| " + " | ".join(cells) + " |")
+    spilling = {name.split("/")[0] for name, row in golden["kernels"].items() if row["inner_spills"]}
+    if spilling != set(SPILLS):
+        raise ValueError(f"SPILLS explains {sorted(SPILLS)}, and the kernels of {sorted(spilling)} spill")
+    lines += ["", "Why registers are spilled inside a loop:", "", *(f"- `{op}`: {why}." for op, why in SPILLS.items())]
     return "\n".join(lines)
 
 

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.chunks import over_chunks
+
 # Scores across less than this many tokens are computed in blocks of this many: smaller products are slower.
 LEAF = 16
 
@@ -318,25 +320,6 @@ def _decay_gradient(arriving, leaving, departing, passing, t: Chunk):
     return _where(None if t.moves is None else t.moves[:, None, :, None], total)
 
 
-def _over_chunks(length: int, chunk: int, body, carry, *, reverse: bool = False):
-    """Runs carry = body(index, start, size, carry) over the chunks; the last one may be shorter."""
-    full, tail = divmod(length, chunk)
-    if tail and reverse:
-        carry = body(full, full * chunk, tail, carry)
-    if full == 1:
-        carry = body(0, 0, chunk, carry)
-    elif full:
-
-        def at(i, carry):
-            i = full - 1 - i if reverse else i
-            return body(i, i * chunk, chunk, carry)
-
-        carry = lax.fori_loop(0, full, at, carry)
-    if tail and not reverse:
-        carry = body(full, full * chunk, tail, carry)
-    return carry
-
-
 def flat(state, groups: int):
     """[B, H, K, V] -> [B, G, K, R * V], the heads of a group side by side: how states are saved."""
     state = _grouped(state, groups)
@@ -416,7 +399,7 @@ def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size
     saved = (batch, -(-length // chunk_size), groups, key, heads // groups * value)
     boundaries = jnp.zeros(saved, jnp.float32) if save else None
     carry = (_grouped(before, groups), jnp.zeros_like(v), boundaries)
-    new_state, y, boundaries = _over_chunks(length, chunk_size, body, carry)
+    new_state, y, boundaries = over_chunks(length, chunk_size, body, carry)
     if valid is not None:  # a state that is not finite must not show at padding
         y = jnp.where(valid[..., None, None], y, 0)
     return y, _ungrouped(new_state), boundaries
@@ -451,6 +434,6 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
     elif log_decay is not None:
         out["log_decay"] = jnp.zeros_like(log_decay)
     carry = (_grouped(dstate, groups), sums, out)
-    dstate, sums, out = _over_chunks(length, chunk_size, body, carry, reverse=True)
+    dstate, sums, out = over_chunks(length, chunk_size, body, carry, reverse=True)
     dlog_decay = out.get("log_decay") if log_decay is None or sums is None else sums.astype(log_decay.dtype)
     return out["q"], out["k"], out["v"], dlog_decay, None if state is None else _ungrouped(dstate)

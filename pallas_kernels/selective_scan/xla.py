@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.chunks import over_chunks
+
 
 class Tokens(NamedTuple):
     """A chunk of the inputs, time first, in float32, with zeros at padding."""
@@ -63,25 +65,6 @@ def _load(start, length, x, dt, B, C, z, dt_bias, reset, valid, dt_softplus) -> 
         step = jnp.where(mask, step, 0.0)
     gate = None if z is None else load(z)
     return Tokens(load(x), step, load(B), load(C), gate, slope, None if reset is None else take(reset), mask)
-
-
-def _over_chunks(length: int, chunk: int, body, carry, *, reverse: bool = False):
-    """Runs carry = body(index, start, size, carry) over the chunks; the last one may be shorter."""
-    full, tail = divmod(length, chunk)
-    if tail and reverse:
-        carry = body(full, full * chunk, tail, carry)
-    if full == 1:
-        carry = body(0, 0, chunk, carry)
-    elif full:
-
-        def at(i, carry):
-            i = full - 1 - i if reverse else i
-            return body(i, i * chunk, chunk, carry)
-
-        carry = lax.fori_loop(0, full, at, carry)
-    if tail and not reverse:
-        carry = body(full, full * chunk, tail, carry)
-    return carry
 
 
 def _states_first(state, batch, states, channels):
@@ -175,7 +158,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, state, reset, valid, *, dt_softplus: 
         return h, _write(y, _finish(y_chunk, D, tokens), start), boundaries
 
     boundaries = jnp.zeros((batch, -(-length // chunk_size), states, channels), jnp.float32) if save else None
-    h, y, boundaries = _over_chunks(length, chunk_size, body, (h, jnp.zeros_like(x), boundaries))
+    h, y, boundaries = over_chunks(length, chunk_size, body, (h, jnp.zeros_like(x), boundaries))
     return y, jnp.swapaxes(h, 1, 2), boundaries
 
 
@@ -273,7 +256,7 @@ def backward(
     sums["A"] = jnp.zeros((batch, *A_nd.shape), jnp.float32)
     history = (jnp.zeros((min(chunk_size, length), batch, *A_nd.shape), jnp.float32),) * 2
     carry = (jnp.swapaxes(dstate, 1, 2), history, sums, out)
-    dh, _, sums, out = _over_chunks(length, chunk_size, body, carry, reverse=True)
+    dh, _, sums, out = over_chunks(length, chunk_size, body, carry, reverse=True)
     return (
         out["x"],
         out["dt"],

@@ -100,7 +100,7 @@ def run(
             runs = next(decide, None)
             if runs is None:
                 raise ValueError(f"{schedule.name}: the branch at {block.at:#x} needs one more decision")
-            go = runs != (block.target > block.at)
+            go = bool(runs) != (block.target > block.at)  # of NumPy, a count of them would be no int
         if block.target > block.at:
             if go is None:
                 assumed[block.at] += 1
