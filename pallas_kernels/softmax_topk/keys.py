@@ -5,10 +5,13 @@ their entries are by one maximum instead of comparisons and selections. Three ki
 zeros (denormal with a place), so exponents are one higher; -inf and the largest, so entries are not below the row's
 k-th best (which cannot enter anyway), and a block of larger numbers, as one of NaN, is left to the general kernel.
 
-One pass over a block keeps, per lane, the sum of exponentials relative to an earlier maximum, the two largest keys and
-the third as a bound. The lanes' keys are sorted, and merged with the row's list of the k best. Where a bound may enter
-the list, another pass finds the keys behind the two.
+One pass over a block keeps, per lane, the sum of exponentials, the two largest keys and the third as a bound. The lanes'
+keys are sorted, and merged with the row's list of the k best. Where a bound may enter the list, another pass finds the
+keys behind the two. The exponentials are relative to an earlier maximum, or to 0 where no row's best is far from it,
+which saves a subtraction and no less of the digits that the normaliser has in float32.
 """
+
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +22,7 @@ from pallas_kernels.tiles import LANES
 
 GROUP = 32  # rows whose accumulators a loop keeps in registers
 _LONGER = 2  # times the steps of a block that is there as a whole
-SEARCHED = 16  # rows that are searched together
+SEARCHED = 8  # rows that are searched together
 _CHUNKS = 512  # 9 bits of a key; with the lane, 16
 _PLACES = 0xFFFF
 _BIAS = 0x00800000  # one more in the exponent
@@ -27,6 +30,7 @@ _HUGE = 2.0**125
 _LEAST = -(2.0**126)  # entries count as at least this large
 _NO_COLUMN = 1 << 23
 _NOTHING = -1.5 * 2.0**127  # the key of no entry, below that of `_LEAST`
+_NEAR = 44.0  # exponentials of logits this near to 0 are summed as they are: 2^-64 to 2^64
 
 
 def serves(rows: int, columns: int, dtype, unroll: int) -> bool:
@@ -69,10 +73,12 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
         values_ref[...] = jnp.full_like(values_ref, -jnp.inf)
         columns_ref[...] = jnp.full_like(columns_ref, _NO_COLUMN)
 
-    def scan_all(limit):
+    def scan_all(near, limit):
         for group in _groups(GROUP):
-            carry = (least_ref[group], maximum_ref[group]), total_ref[group]
-            *keys, sum_ref[group] = _scan(x_ref, group, unroll, limit, *carry)
+            maximum, total = maximum_ref[group], total_ref[group]
+            if near:
+                maximum, total = None, total * jnp.exp(maximum)
+            *keys, sum_ref[group] = _scan(x_ref, group, unroll, limit, (least_ref[group], maximum), total)
             for ref, key in zip(found_refs, keys, strict=True):
                 ref[group] = key
 
@@ -100,19 +106,31 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
 
     def take():
         least_ref[...] = jnp.broadcast_to(jnp.maximum(kth(values_ref[...]), _LEAST), (LANES, LANES)).T
-        masked(scan_all)
+        best = jnp.where(first, maximum_ref[...].T[:1], values_ref[:1])
+        near = jnp.all(jnp.abs(best) < _NEAR)
+        pl.when(near)(lambda: masked(functools.partial(scan_all, True)))
+        pl.when(~near)(lambda: masked(functools.partial(scan_all, False)))
 
         def commit():
-            largest = jnp.maximum(maximum_ref[...], _value(found_refs[0][...]))
-            total_ref[...] = sum_ref[...] * jnp.exp(maximum_ref[...] - largest)
-            maximum_ref[...] = largest
+            pl.when(near)(lambda: _set(state_refs, jnp.zeros_like(sum_ref), sum_ref[...]))
+
+            @pl.when(~near)
+            def _():
+                largest = jnp.maximum(maximum_ref[...], _value(found_refs[0][...]))
+                _set(state_refs, largest, sum_ref[...] * jnp.exp(maximum_ref[...] - largest))
+
             lax.while_loop(lambda waiting: waiting > 0, offer, jnp.int32(1))
             return jnp.all(kth(values_ref[...]) > -_HUGE).astype(jnp.int32)
 
-        return lax.cond(jnp.all(sum_ref[...] < jnp.inf), commit, lambda: jnp.int32(0))
+        return lax.cond(jnp.all(sum_ref[...] < jnp.where(near, jnp.exp(_NEAR), jnp.inf)), commit, lambda: jnp.int32(0))
 
     usable = first | (jnp.all(kth(values_ref[...]) > -_HUGE) & jnp.all(values_ref[:1] < _HUGE))
     return lax.cond(usable, take, lambda: jnp.int32(0))
+
+
+def _set(refs, *arrays):
+    for ref, array in zip(refs, arrays, strict=True):
+        ref[...] = array
 
 
 def _groups(size):
@@ -166,7 +184,7 @@ def _scan(x_ref, group, unroll, limit, bounds, total, behind=None):
             pair = [load(i * unroll + chunk + n) for n in range(2)]
             if total is not None:
                 for x in pair:
-                    total += jnp.exp(x - maximum)
+                    total += jnp.exp(x if maximum is None else x - maximum)
             a, b = (key(x, i * unroll + chunk + n) for n, x in enumerate(pair))
             high, low = jnp.maximum(a, b), jnp.minimum(a, b)
             largest, high = jnp.maximum(largest, high), jnp.minimum(largest, high)
@@ -181,19 +199,10 @@ def _scan(x_ref, group, unroll, limit, bounds, total, behind=None):
 
 def _merge(found_refs, values_ref, columns_ref, start):
     """Brings the two keys of every lane into the lists."""
-    keys = [_ordered(ref[...].T) for ref in found_refs[:2]]
-    lists = _registers(jnp.concatenate(keys))
-    size = values_ref.shape[0] // sorting.SUBLANES
-    lists = [lists[first : first + size] for first in range(0, len(lists), size)]
-    lists = [sorting.sort(part, reverse=i % 2 == 1) for i, part in enumerate(lists)]
-    lists = [[(key,) for key in part] for part in lists]
-    while len(lists) > 1:
-        pairs = list(zip(lists[::2], lists[1::2], strict=True))
-        reverse = [i % 2 == 1 or len(pairs) == 1 for i in range(len(pairs))]
-        lists = [sorting.merge(*pair, sorting.by_key, r) for pair, r in zip(pairs, reverse, strict=True)]
+    keys = jnp.concatenate([_ordered(ref[...].T) for ref in found_refs[:2]])
     best = list(zip(_registers(values_ref[...]), _registers(columns_ref[...]), strict=True))
-    new = [(_value(key), start + _place(key)) for (key,) in lists[0]]
-    values, columns = zip(*sorting.merge(best, new, sorting.by_value), strict=True)
+    new = [(_value(key), start + _place(key)) for key in sorting.largest(_registers(keys), values_ref.shape[0])]
+    values, columns = zip(*sorting.merge(best, new), strict=True)
     values_ref[...], columns_ref[...] = jnp.concatenate(values), jnp.concatenate(columns)
 
 

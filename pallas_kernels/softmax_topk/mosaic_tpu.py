@@ -140,7 +140,10 @@ def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *sc
 
     @pl.when(j == last)
     def _():
-        maximum = jnp.max(maximum_ref[...], axis=-1, keepdims=True)
+        if key_refs:  # sums may be relative to 0
+            maximum = jnp.clip(jnp.broadcast_to(values_ref[:1], maximum_ref.shape).T, -_HIGHEST, _HIGHEST)
+        else:
+            maximum = jnp.max(maximum_ref[...], axis=-1, keepdims=True)
         out_ref[...] = jnp.sum(total_ref[...] * jnp.exp(maximum_ref[...] - maximum), axis=-1, keepdims=True)
 
 

@@ -100,14 +100,18 @@ def test_several_blocks_of_rows_in_bfloat16():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("k", "shift"), [(40, 1.0), (100, 10.0)])
-def test_keys_of_bfloat16_equal_the_loop(k, shift):
-    """Ties, both signs, zeros of both signs, and lanes that hold many of the best, in blocks that have keys."""
+@pytest.mark.parametrize(("k", "shift", "rise"), [(40, 1, 0), (100, 10, 0), (5, 70, 0), (17, -70, 0), (9, 0, 60)])
+def test_keys_of_bfloat16_equal_the_loop(k, shift, rise):
+    """Ties, both signs, zeros of both signs, and lanes that hold many of the best, in blocks that have keys.
+
+    The best of the rows are near to 0, or far from it, or near in the first block alone.
+    """
     rng, columns = np.random.default_rng(0), 3 * BLOCK_COLUMNS - 131
     zeros = np.where(rng.random((4, columns)) < 0.5, 0.0, -0.0)
     random = 2 * rng.standard_normal((114, columns)) - shift
     ascending = np.sort(random[:5])
     logits = np.concatenate([random[:100], np.round(random[100:]), zeros, ascending, ascending[:, ::-1]])
+    logits[:, BLOCK_COLUMNS:] += rise
     logits = jnp.asarray(logits, jnp.bfloat16)
     assert keys.serves(*mosaic_tpu.block_sizes(*logits.shape, 2), logits.dtype, mosaic_tpu.UNROLL)
     assert_equals(run(logits, k), loop(np.asarray(logits, np.float32), k))
