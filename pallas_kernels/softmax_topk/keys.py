@@ -5,10 +5,10 @@ their entries are by one maximum instead of comparisons and selections. Three ki
 zeros (denormal with a place), so exponents are one higher; -inf and the largest, so entries are not below the row's
 k-th best (which cannot enter anyway), and a block of larger numbers, as one of NaN, is left to the general kernel.
 
-One pass over a block keeps, per lane, the sum of exponentials, the two largest keys and the third as a bound. The lanes'
-keys are sorted, and merged with the row's list of the k best. Where a bound may enter the list, another pass finds the
-keys behind the two. The exponentials are relative to an earlier maximum, or to 0 where no row's best is far from it,
-which saves a subtraction and no less of the digits that the normaliser has in float32.
+One pass over a block keeps, per lane, the sum of exponentials, the two largest keys and the third as a bound. The keys
+of the lanes are sorted, and merged with the row's list of the k best. Where a bound may enter the list, another pass
+finds the keys behind the two. The exponentials are relative to an earlier maximum, or where the best of no row is far
+from 0 to that, which saves a subtraction and leaves the normaliser its digits of float32.
 """
 
 import functools
@@ -23,14 +23,16 @@ from pallas_kernels.tiles import LANES
 GROUP = 32  # rows whose accumulators a loop keeps in registers
 _LONGER = 2  # times the steps of a block that is there as a whole
 SEARCHED = 8  # rows that are searched together
-_CHUNKS = 512  # 9 bits of a key; with the lane, 16
+_CHUNKS = 512  # 9 bits of a key, above the 7 of the lane
 _PLACES = 0xFFFF
 _BIAS = 0x00800000  # one more in the exponent
+_BELOW_ZERO = -(2.0**-126) * (1 + 2.0**-7)  # the largest key of a negative number
 _HUGE = 2.0**125
 _LEAST = -(2.0**126)  # entries count as at least this large
 _NO_COLUMN = 1 << 23
 _NOTHING = -1.5 * 2.0**127  # the key of no entry, below that of `_LEAST`
-_NEAR = 44.0  # exponentials of logits this near to 0 are summed as they are: 2^-64 to 2^64
+_NEAR = 44.0  # where the best logits are this near to 0, exponentials are summed as they are
+_LARGE = 2.0**80  # more than their sums come to
 
 
 def serves(rows: int, columns: int, dtype, unroll: int) -> bool:
@@ -64,14 +66,20 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
     maximum_ref, total_ref = state_refs
     values_ref, columns_ref = list_refs
     *found_refs, least_ref, sum_ref = scratch_refs
-    first = start == 0
 
-    @pl.when(first)
-    def _():
-        reference = jnp.max(x_ref[:, :LANES].astype(jnp.float32), axis=1, keepdims=True)
-        maximum_ref[...] = jnp.broadcast_to(jnp.clip(reference, -_HUGE, _HUGE), (LANES, LANES))
+    def begin():
+        reference = jnp.clip(jnp.max(x_ref[:, :LANES].astype(jnp.float32), axis=1, keepdims=True), -_HUGE, _HUGE)
+        maximum_ref[...] = jnp.broadcast_to(reference, (LANES, LANES))
         values_ref[...] = jnp.full_like(values_ref, -jnp.inf)
         columns_ref[...] = jnp.full_like(columns_ref, _NO_COLUMN)
+        return jnp.int32(1), jnp.all(jnp.abs(reference) < _NEAR).astype(jnp.int32)
+
+    def go_on():
+        best = values_ref[:1]
+        usable = jnp.all((kth(values_ref[...]) > -_HUGE) & (best < _HUGE))
+        return usable.astype(jnp.int32), jnp.all(jnp.abs(best) < _NEAR).astype(jnp.int32)
+
+    usable, near = (flag > 0 for flag in lax.cond(start == 0, begin, go_on))
 
     def scan_all(near, limit):
         for group in _groups(GROUP):
@@ -106,8 +114,6 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
 
     def take():
         least_ref[...] = jnp.broadcast_to(jnp.maximum(kth(values_ref[...]), _LEAST), (LANES, LANES)).T
-        best = jnp.where(first, maximum_ref[...].T[:1], values_ref[:1])
-        near = jnp.all(jnp.abs(best) < _NEAR)
         pl.when(near)(lambda: masked(functools.partial(scan_all, True)))
         pl.when(~near)(lambda: masked(functools.partial(scan_all, False)))
 
@@ -122,9 +128,8 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
             lax.while_loop(lambda waiting: waiting > 0, offer, jnp.int32(1))
             return jnp.all(kth(values_ref[...]) > -_HUGE).astype(jnp.int32)
 
-        return lax.cond(jnp.all(sum_ref[...] < jnp.where(near, jnp.exp(_NEAR), jnp.inf)), commit, lambda: jnp.int32(0))
+        return lax.cond(jnp.all(sum_ref[...] < jnp.where(near, _LARGE, jnp.inf)), commit, lambda: jnp.int32(0))
 
-    usable = first | (jnp.all(kth(values_ref[...]) > -_HUGE) & jnp.all(values_ref[:1] < _HUGE))
     return lax.cond(usable, take, lambda: jnp.int32(0))
 
 
@@ -161,14 +166,16 @@ def _scan(x_ref, group, unroll, limit, bounds, total, behind=None):
     least, maximum = bounds
     shape = least.shape
 
-    def load(chunk):
-        x = x_ref[group, pl.ds(pl.multiple_of(chunk * LANES, LANES), LANES)].astype(jnp.float32)
+    def load(step_ref, i, chunk):
+        x = step_ref[:, chunk * LANES : (chunk + 1) * LANES].astype(jnp.float32)
         if limit is None:
             return x
-        return jnp.where(lax.broadcasted_iota(jnp.int32, shape, 1) < limit - chunk * LANES, x, -jnp.inf)
+        there = limit - i * (unroll * LANES) - chunk * LANES
+        return jnp.where(lax.broadcasted_iota(jnp.int32, shape, 1) < there, x, -jnp.inf)
 
-    def key(x, chunk):
-        made = _number(_bits(jnp.maximum(x, least)) + (_BIAS + _CHUNKS - 1 - chunk))
+    def key(x, i, chunk):
+        place = (_BIAS + (_CHUNKS - 1) * LANES) - i * (unroll * LANES) - chunk * LANES
+        made = _number(_bits(jnp.maximum(x, least)) + place)
         return made if behind is None else jnp.where(made < behind, made, _NOTHING)
 
     chunks = x_ref.shape[1] // LANES
@@ -180,12 +187,13 @@ def _scan(x_ref, group, unroll, limit, bounds, total, behind=None):
 
     def step(i, carry):
         largest, second, third, total = carry
+        step_ref = x_ref.at[group, pl.ds(pl.multiple_of(i * (unroll * LANES), unroll * LANES), unroll * LANES)]
         for chunk in range(0, unroll, 2):
-            pair = [load(i * unroll + chunk + n) for n in range(2)]
+            pair = [load(step_ref, i, chunk + n) for n in range(2)]
             if total is not None:
                 for x in pair:
                     total += jnp.exp(x if maximum is None else x - maximum)
-            a, b = (key(x, i * unroll + chunk + n) for n, x in enumerate(pair))
+            a, b = (key(x, i, chunk + n) for n, x in enumerate(pair))
             high, low = jnp.maximum(a, b), jnp.minimum(a, b)
             largest, high = jnp.maximum(largest, high), jnp.minimum(largest, high)
             second = jnp.maximum(second, low)
@@ -199,7 +207,7 @@ def _scan(x_ref, group, unroll, limit, bounds, total, behind=None):
 
 def _merge(found_refs, values_ref, columns_ref, start):
     """Brings the two keys of every lane into the lists."""
-    keys = jnp.concatenate([_ordered(ref[...].T) for ref in found_refs[:2]])
+    keys = jnp.concatenate([_ordered(ref[...]).T for ref in found_refs[:2]])
     best = list(zip(_registers(values_ref[...]), _registers(columns_ref[...]), strict=True))
     new = [(_value(key), start + _place(key)) for key in sorting.largest(_registers(keys), values_ref.shape[0])]
     values, columns = zip(*sorting.merge(best, new), strict=True)
@@ -211,12 +219,10 @@ def _registers(array):
 
 
 def _ordered(key):
-    """Keys of lanes, [lanes, rows] -> keys ordered as (value descending, column ascending) in all of the block."""
-    bits = _bits(key)
-    value = bits & ~_PLACES
-    value = jnp.where(value == _BIAS - 2**31, _BIAS, value)  # -0
-    place = ((_CHUNKS - 1 - (bits & _PLACES)) << 7) | lax.broadcasted_iota(jnp.int32, key.shape, 0)
-    return _number(value | jnp.where(value < 0, place, _PLACES - place))
+    """Keys of lanes, [rows, lanes] -> keys ordered as (value descending, column ascending) in all of the block."""
+    bits = _bits(key) | (LANES - 1 - lax.broadcasted_iota(jnp.int32, key.shape, 1))
+    # Of negative numbers the larger place is the lower key; -0 is none.
+    return _number(jnp.where(key <= _BELOW_ZERO, bits ^ _PLACES, bits & 0x7FFFFFFF))
 
 
 def _place(key):

@@ -52,7 +52,7 @@ class _Sort:
         self.on_sublanes = list(reversed(range(self.bits - 3, self.bits)))  # half a register apart is the cheapest
 
     def bring(self, bit, kept=None):
-        """Puts a bit of the sublanes on the registers, for the one used last, or in the end the one that stays there."""
+        """Puts a bit of the sublanes on the registers, for that used last, or in the end that which stays there."""
         if bit in self.on_registers or not self.on_registers:
             return
         sublane = self.on_sublanes.index(bit)
@@ -91,8 +91,8 @@ class _Sort:
 
 
 def merge(entries, others):
-    """The first n of a list in order and another of n in the reverse order, of entries (value, column)."""
-    entries = [_select(before(*a, *b), a, b) for a, b in zip(entries, others, strict=True)]
+    """The first n (value, column) of a list in order and another of n in the reverse order, with higher columns."""
+    entries = [_select(a[0] >= b[0], a, b) for a, b in zip(entries, others, strict=True)]
     registers = len(entries)
     stride = registers * SUBLANES // 2
     while stride >= registers:
