@@ -80,7 +80,7 @@ def decide_of_keys(logits, k, block_columns):
     values, kept = np.full((LANES, k), -np.inf, np.float32), np.full((LANES, k), mosaic_tpu._NO_COLUMN)
     for start in range(0, logits.shape[1], block_columns):
         entries, columns = _lanes_of_best(logits[:, start : start + block_columns], values[:, -1], start)
-        found = ([True] if start else []) + [True, False, True, True, False]  # usable, near, sums small, near
+        found = [True, True, False, True, False][not start :]
         searched = np.ones(LANES, bool)
         for given in range(0, entries.shape[2], 2):
             new = (a[..., given : given + 2].reshape(LANES, -1) for a in (entries, columns))

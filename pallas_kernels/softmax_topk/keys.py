@@ -2,13 +2,14 @@
 
 A bfloat16 number is the upper half of a float32 one, so the lower half has room for a place, and keys are ordered as
 their entries are by one maximum instead of comparisons and selections. Three kinds of numbers would break the order:
-zeros (denormal with a place), so exponents are one higher; -inf and the largest, so entries are not below the row's
-k-th best (which cannot enter anyway), and a block of larger numbers, as one of NaN, is left to the general kernel.
+zeros (denormal with a place), so exponents are one higher; -inf and the lowest (whose exponents then are none), so
+entries are raised to -2^126, which is below any k-th best here; and a block of the largest numbers, as one of NaN, is
+left to the general kernel.
 
 One pass over a block keeps, per lane, the sum of exponentials, the two largest keys and the third as a bound. The keys
 of the lanes are sorted, and merged with the row's list of the k best. Where a bound may enter the list, another pass
-finds the keys behind the two. The exponentials are relative to an earlier maximum, or where the best of no row is far
-from 0 to that, which saves a subtraction and leaves the normaliser its digits of float32.
+finds the keys behind the two. Where the best of no row is far from 0, the pass tries to do with less: exponentials are
+relative to 0 instead of a maximum, which leaves the normaliser its digits of float32, and entries are not raised.
 """
 
 import functools
@@ -26,9 +27,10 @@ SEARCHED = 8  # rows that are searched together
 _CHUNKS = 512  # 9 bits of a key, above the 7 of the lane
 _PLACES = 0xFFFF
 _BIAS = 0x00800000  # one more in the exponent
-_BELOW_ZERO = -(2.0**-126) * (1 + 2.0**-7)  # the largest key of a negative number
 _HUGE = 2.0**125
 _LEAST = -(2.0**126)  # entries count as at least this large
+_LOWEST = 2.0**-126  # keys are this far from 0
+_BELOW_ZERO = -_LOWEST * (1 + 2.0**-7)  # the largest key of a negative number
 _NO_COLUMN = 1 << 23
 _NOTHING = -1.5 * 2.0**127  # the key of no entry, below that of `_LEAST`
 _NEAR = 44.0  # where the best logits are this near to 0, exponentials are summed as they are
@@ -54,7 +56,7 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
       x_ref: [128, columns], the block.
       state_refs: (maximum, sum) [128, 128] of the softmax, per row and lane.
       list_refs: (values, columns) of the lists; NaN where nothing is yet, which holds before the first block alone.
-      scratch_refs: five of [128, 128].
+      scratch_refs: four of [128, 128].
       kth: function of a list to its k-th, [1, 128].
       masked: calls a function with the number of columns that there are in the block, or None for all.
       start: the block's first column.
@@ -65,7 +67,7 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
     """
     maximum_ref, total_ref = state_refs
     values_ref, columns_ref = list_refs
-    *found_refs, least_ref, sum_ref = scratch_refs
+    *found_refs, sum_ref = scratch_refs
 
     def begin():
         reference = jnp.clip(jnp.max(x_ref[:, :LANES].astype(jnp.float32), axis=1, keepdims=True), -_HUGE, _HUGE)
@@ -86,16 +88,26 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
             maximum, total = maximum_ref[group], total_ref[group]
             if near:
                 maximum, total = None, total * jnp.exp(maximum)
-            *keys, sum_ref[group] = _scan(x_ref, group, unroll, limit, (least_ref[group], maximum), total)
+            *keys, sum_ref[group] = _scan(x_ref, group, unroll, limit, total, maximum, raised=not near)
             for ref, key in zip(found_refs, keys, strict=True):
                 ref[group] = key
+
+    def scan_near():
+        masked(functools.partial(scan_all, True))
+        # What should have been raised is NaN or denormal as a key.
+        normal = functools.reduce(jnp.minimum, [jnp.abs(ref[...]) for ref in found_refs]) >= _LOWEST
+        return jnp.all(normal & (sum_ref[...] < _LARGE)).astype(jnp.int32)
+
+    def scan_far():
+        masked(functools.partial(scan_all, False))
+        return jnp.all(sum_ref[...] < jnp.inf).astype(jnp.int32)
 
     def scan_behind(waits, limit):
         for group in _groups(SEARCHED):
             searched = jnp.any(waits & _of_group(group))
 
             def search(group=group):
-                *keys, _ = _scan(x_ref, group, unroll, limit, (least_ref[group], None), None, found_refs[1][group])
+                *keys, _ = _scan(x_ref, group, unroll, limit, behind=found_refs[1][group])
                 for ref, key in zip(found_refs, keys, strict=True):
                     ref[group] = key
 
@@ -113,14 +125,12 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
         return waiting.astype(jnp.int32)
 
     def take():
-        least_ref[...] = jnp.broadcast_to(jnp.maximum(kth(values_ref[...]), _LEAST), (LANES, LANES)).T
-        pl.when(near)(lambda: masked(functools.partial(scan_all, True)))
-        pl.when(~near)(lambda: masked(functools.partial(scan_all, False)))
+        plain = lax.cond(near, scan_near, lambda: jnp.int32(0)) > 0
 
         def commit():
-            pl.when(near)(lambda: _set(state_refs, jnp.zeros_like(sum_ref), sum_ref[...]))
+            pl.when(plain)(lambda: _set(state_refs, jnp.zeros_like(sum_ref), sum_ref[...]))
 
-            @pl.when(~near)
+            @pl.when(~plain)
             def _():
                 largest = jnp.maximum(maximum_ref[...], _value(found_refs[0][...]))
                 _set(state_refs, largest, sum_ref[...] * jnp.exp(maximum_ref[...] - largest))
@@ -128,7 +138,8 @@ def attempt(x_ref, state_refs, list_refs, scratch_refs, kth, masked, start, unro
             lax.while_loop(lambda waiting: waiting > 0, offer, jnp.int32(1))
             return jnp.all(kth(values_ref[...]) > -_HUGE).astype(jnp.int32)
 
-        return lax.cond(jnp.all(sum_ref[...] < jnp.where(near, _LARGE, jnp.inf)), commit, lambda: jnp.int32(0))
+        finite = lax.cond(plain, lambda: jnp.int32(1), scan_far) > 0
+        return lax.cond(finite, commit, lambda: jnp.int32(0))
 
     return lax.cond(usable, take, lambda: jnp.int32(0))
 
@@ -161,21 +172,20 @@ def _value(key):
     return _number((_bits(key) & ~_PLACES) - _BIAS)
 
 
-def _scan(x_ref, group, unroll, limit, bounds, total, behind=None):
+def _scan(x_ref, group, unroll, limit, total=None, maximum=None, raised=True, behind=None):
     """Per lane the two largest keys (smaller than `behind`), the third, and `total` with the exponentials."""
-    least, maximum = bounds
-    shape = least.shape
+    shape = group.stop - group.start, LANES
 
     def load(step_ref, i, chunk):
         x = step_ref[:, chunk * LANES : (chunk + 1) * LANES].astype(jnp.float32)
         if limit is None:
             return x
         there = limit - i * (unroll * LANES) - chunk * LANES
-        return jnp.where(lax.broadcasted_iota(jnp.int32, shape, 1) < there, x, -jnp.inf)
+        return jnp.where(lax.broadcasted_iota(jnp.int32, shape, 1) < there, x, _LEAST)
 
     def key(x, i, chunk):
         place = (_BIAS + (_CHUNKS - 1) * LANES) - i * (unroll * LANES) - chunk * LANES
-        made = _number(_bits(jnp.maximum(x, least)) + place)
+        made = _number(_bits(jnp.maximum(x, _LEAST) if raised else x) + place)
         return made if behind is None else jnp.where(made < behind, made, _NOTHING)
 
     chunks = x_ref.shape[1] // LANES

@@ -75,7 +75,7 @@ def forward(logits, *, k: int):
     tile = (LANES, LANES)
     found = [pltpu.VMEM(tile, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)]
     queues = [pltpu.VMEM(tile, jnp.float32)] * 5
-    keyed_scratch = [pltpu.VMEM(tile, jnp.float32)] * 5 * keyed
+    keyed_scratch = [pltpu.VMEM(tile, jnp.float32)] * 4 * keyed
     best = pl.BlockSpec((kept, LANES), lambda i, j: (0, i))
     total, values, indices = pl.pallas_call(
         functools.partial(_kernel, k=k, columns=columns),

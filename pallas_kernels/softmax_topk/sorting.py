@@ -91,8 +91,8 @@ class _Sort:
 
 
 def merge(entries, others):
-    """The first n (value, column) of a list in order and another of n in the reverse order, with higher columns."""
-    entries = [_select(a[0] >= b[0], a, b) for a, b in zip(entries, others, strict=True)]
+    """The first n of a list in order and another of n in the reverse order, of entries (value, column)."""
+    entries = [_select(before(*a, *b), a, b) for a, b in zip(entries, others, strict=True)]
     registers = len(entries)
     stride = registers * SUBLANES // 2
     while stride >= registers:

@@ -100,11 +100,22 @@ def test_several_blocks_of_rows_in_bfloat16():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("k", "shift", "rise"), [(40, 1, 0), (100, 10, 0), (5, 70, 0), (17, -70, 0), (9, 0, 60)])
-def test_keys_of_bfloat16_equal_the_loop(k, shift, rise):
+@pytest.mark.parametrize(
+    ("k", "shift", "rise", "lowest"),
+    [
+        (40, 1, 0, None),
+        (100, 10, 0, None),
+        (17, -70, 0, None),
+        (5, 70, 0, -np.inf),
+        (9, 0, 60, None),
+        (33, 1, 0, -np.inf),
+        (8, 1, 0, -3e38),
+    ],
+)
+def test_keys_of_bfloat16_equal_the_loop(k, shift, rise, lowest):
     """Ties, both signs, zeros of both signs, and lanes that hold many of the best, in blocks that have keys.
 
-    The best of the rows are near to 0, or far from it, or near in the first block alone.
+    The best of the rows are near to 0, far from it, or near in the first block alone; some columns are masked.
     """
     rng, columns = np.random.default_rng(0), 3 * BLOCK_COLUMNS - 131
     zeros = np.where(rng.random((4, columns)) < 0.5, 0.0, -0.0)
@@ -112,6 +123,8 @@ def test_keys_of_bfloat16_equal_the_loop(k, shift, rise):
     ascending = np.sort(random[:5])
     logits = np.concatenate([random[:100], np.round(random[100:]), zeros, ascending, ascending[:, ::-1]])
     logits[:, BLOCK_COLUMNS:] += rise
+    if lowest is not None:
+        logits[rng.random(logits.shape) < 0.4] = lowest
     logits = jnp.asarray(logits, jnp.bfloat16)
     assert keys.serves(*mosaic_tpu.block_sizes(*logits.shape, 2), logits.dtype, mosaic_tpu.UNROLL)
     assert_equals(run(logits, k), loop(np.asarray(logits, np.float32), k))
