@@ -191,7 +191,8 @@ for topology in sys.argv[1].split(","):
         compiled = jax.jit(step).lower(jax.tree.map(place, shape.arrays())).compile()
         assert "tpu_custom_call" in compiled.as_text(), name
         all_logits = shape.rows * shape.columns * jax.numpy.dtype(shape.dtype).itemsize
-        assert compiled.memory_analysis().temp_size_in_bytes < max(all_logits / 4, 2**20), name
+        results = 2 * shape.rows * 128 * 4  # k entries of a row stand in a tile of 128 lanes
+        assert compiled.memory_analysis().temp_size_in_bytes < max(all_logits / 4, results, 2**20), name
         print("compiled", topology, name)
 """
 
