@@ -130,6 +130,20 @@ def test_keys_of_bfloat16_equal_the_loop(k, shift, rise, lowest):
     assert_equals(run(logits, k), loop(np.asarray(logits, np.float32), k))
 
 
+@pytest.mark.slow
+def test_spoiled_rows_of_bfloat16_leave_the_others_alone():
+    """NaN, +inf and a number that has no key, in the second of three blocks; what they have is as in float32."""
+    logits = draw(128, 3 * BLOCK_COLUMNS)
+    logits[3, 700], logits[5, 710], logits[7, 720] = np.nan, np.inf, 3e38
+    logits[9, 4:] = -np.inf
+    logits = jnp.asarray(logits, jnp.bfloat16)
+    out, expected = run(logits, 6), loop(np.delete(np.asarray(logits, np.float32), [3, 5], axis=0), 6)
+    assert_equals(select(out, np.delete(np.arange(128), [3, 5])), expected)
+    assert np.isnan(out.lse[3])
+    np.testing.assert_array_equal(out.indices[3], -1)
+    assert (out.lse[5], out.indices[5, 0]) == (np.inf, 710)
+
+
 def test_no_races_and_no_read_of_what_was_never_written():
     logits = draw(9, BLOCK_COLUMNS + 40)
     out = run(logits, 5, pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
