@@ -16,6 +16,7 @@ from zoo.models import (
     xlstm,
     zamba,
 )
+from zoo.models.echo import echo_embedding
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -29,6 +30,7 @@ __all__ = [
     "create",
     "dense",
     "describe",
+    "echo_embedding",
     "gated_linear_attention",
     "hgrn",
     "hybrid",
