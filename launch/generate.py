@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from launch import run as run_lib
-from launch.config import ConfigError
+from launch.config import ConfigError, at
 from launch.run import Run
 from zoo.core import sharding
 from zoo.decoding import Callback, Generation, Sampling, generate, terminal
@@ -48,6 +48,14 @@ def check(config: dict[str, Any]) -> None:
         raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
 
 
+def check_prompts(run: Run) -> None:
+    """Raises ConfigError when the run's tokenizer refuses a prompt; before a run, since samples come at its end."""
+    tokenizer = run.data.tokenizer
+    if tokenizer is not None:
+        with at("generate.prompts"):
+            tokenizer.encode_batch(run.config["generate"]["prompts"])
+
+
 def write_samples(run: Run, params: Any, step: int, on_tokens: Callback | None = None) -> str:
     """Writes samples.md, one section per prompt, and returns it."""
     generations = sample(run, params, on_tokens)
@@ -72,6 +80,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         raise ConfigError(
             f"mode=generate needs text: config.data.source {this.config['data']['source']['name']!r} has none"
         )
+    check_prompts(this)
     step, params = this.restore_params()
     stream = len(this.config["generate"]["prompts"]) == 1 and jax.process_index() == 0
     if stream:

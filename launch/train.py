@@ -207,6 +207,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     generate_lib.check(config)
     with sigterm_event() as stop:
         this = run_lib.build(config, workdir)
+        generate_lib.check_prompts(this)
         finished = train(this, stop)
     if finished is not None:
         _summarise(this, *finished, began)

@@ -1,9 +1,22 @@
-"""The loop of the chunked xla forms."""
+"""The loop of the chunked xla forms, and the state that enters it."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import lax
+
+
+def opaque(x: jax.Array) -> jax.Array:
+    """float32 x, which the compiler cannot see to be a constant.
+
+    XLA on the CPU (jaxlib 0.10.2) reads memory that nothing wrote where a product with a broadcast constant, as with
+    the zeros of a fresh state, is fused with a reduction, as in the norm of a layer: its results are then wrong or
+    NaN. A barrier alone is gone before XLA fuses; the two changes of type keep it.
+    """
+    bits = lax.optimization_barrier(lax.bitcast_convert_type(x, jnp.int32))
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def over_chunks(length: int, chunk: int, body: Callable[..., Any], carry: Any, *, reverse: bool = False) -> Any:

@@ -12,7 +12,15 @@ from pipelines.packing import evaluation_iterator, train_iterator
 from pipelines.sources import SOURCES, Document, Source, make_source
 from pipelines.stdlib_text import StdlibText
 from pipelines.synthetic import TASKS, Task, TaskDataset, make_task
-from pipelines.tokenizers import TOKENIZERS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from pipelines.tokenizers import (
+    TOKENIZERS,
+    BPETokenizer,
+    ByteTokenizer,
+    NucleotideTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 
 __all__ = [
     "SOURCES",
@@ -22,6 +30,7 @@ __all__ = [
     "ByteTokenizer",
     "DataError",
     "Document",
+    "NucleotideTokenizer",
     "Source",
     "StdlibText",
     "Task",

@@ -14,11 +14,12 @@ from absl import logging
 from pipelines.errors import DataError
 from pipelines.files import atomic_folder
 from pipelines.sources import SPLITS, Document, Source, make_source
-from pipelines.tokenizers import TOKENIZERS, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from pipelines.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, train_bpe
 from zoo.core.registry import check_keys
 
 FORMAT_VERSION = 1  # raise it when the files written here change
 _CHUNK_BYTES = 1 << 20  # text that is encoded at a time
+_TOKENIZER_OPTIONS = {"bpe": ("vocab_size",), "nucleotides": ("unknown",)}
 
 
 class TokenizedDocuments:
@@ -96,7 +97,7 @@ class TextDataset:
         return self.directory.name
 
     def texts(self, split: str) -> Iterator[bytes]:
-        """The exact UTF-8 bytes of the documents of a split, decoded from the tokens."""
+        """The UTF-8 bytes of the documents of a split, decoded from the tokens: exact, where the tokenizer is."""
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is not supported; allowed: {', '.join(SPLITS)}")
         documents = self.train if split == "train" else self.validation
@@ -112,8 +113,8 @@ def prepare(source: Mapping[str, Any], tokenizer: Mapping[str, Any], workdir: st
 
     Args:
         source: config of a source, for example {"name": "stdlib"} or {"name": "jsonl", "paths": "a.jsonl"}.
-        tokenizer: {"name": "bytes"} or {"name": "bpe", "vocab_size": 4096}; BPE is trained on
-            the train split only.
+        tokenizer: {"name": "bytes"}, {"name": "bpe", "vocab_size": 4096} or {"name": "nucleotides", "unknown": "N"};
+            BPE is trained on the train split only.
         workdir: the run's folder.
 
     Raises:
@@ -136,11 +137,16 @@ def _checked_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
     if "name" not in config:
         raise ValueError("a tokenizer config needs a 'name', for example {'name': 'bytes'}")
     TOKENIZERS.get(config["name"])
-    allowed = ("name", "vocab_size") if config["name"] == "bpe" else ("name",)
-    check_keys(f"tokenizer {config['name']!r}", config, allowed)
+    check_keys(f"tokenizer {config['name']!r}", config, ("name", *_TOKENIZER_OPTIONS.get(config["name"], ())))
     if config["name"] == "bpe" and not isinstance(config.get("vocab_size"), int):
         raise ValueError(f"tokenizer 'bpe' needs an int 'vocab_size', got {config.get('vocab_size')!r}")
+    if config["name"] != "bpe":
+        _untrained(config)
     return config
+
+
+def _untrained(config: Mapping[str, Any]) -> Tokenizer:
+    return TOKENIZERS.get(config["name"])(**{option: value for option, value in config.items() if option != "name"})
 
 
 def _fingerprint(source: Source, tokenizer: Mapping[str, Any]) -> str:
@@ -156,7 +162,7 @@ def _build(source: Source, config: Mapping[str, Any], folder: pathlib.Path, cach
     tokenizer.save(folder / "tokenizer.json")
     writers = {split: _SplitWriter(folder / split, tokenizer) for split in SPLITS}
     for document in source.documents(cache):
-        writers[document.split].add(document.text)
+        writers[document.split].add(document.text, document.origin)
     info = {split: writer.close() for split, writer in writers.items()}
     if not info["train"]["documents"]:
         raise DataError("no document for training", str(source), "lower heldout_fraction or add documents")
@@ -166,8 +172,8 @@ def _build(source: Source, config: Mapping[str, Any], folder: pathlib.Path, cach
 
 
 def _make_tokenizer(source: Source, config: Mapping[str, Any], cache: pathlib.Path) -> Tokenizer:
-    if config["name"] == "bytes":
-        return ByteTokenizer()
+    if config["name"] != "bpe":
+        return _untrained(config)
     train: Iterable[Document] = (item for item in source.documents(cache) if item.split == "train")
     return train_bpe((document.text for document in train), config["vocab_size"])
 
@@ -181,18 +187,30 @@ class _SplitWriter:
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self._file = open(folder / "tokens.bin", "wb")  # noqa: SIM115 (closed in close)
         self._lengths: list[int] = []
-        self._pending: list[str] = []
+        self._pending: list[tuple[str, str]] = []
         self._pending_bytes = self._bytes = 0
 
-    def add(self, text: str) -> None:
-        self._pending.append(text)
+    def add(self, text: str, origin: str = "") -> None:
+        self._pending.append((text, origin))
         self._pending_bytes += len(text.encode())
         if self._pending_bytes >= _CHUNK_BYTES:
             self._flush()
 
+    def _encode(self) -> list[np.ndarray]:
+        """Ids of the pending texts; what the tokenizer refuses is a DataError that names the document."""
+        try:
+            return self._tokenizer.encode_batch([text for text, _ in self._pending])
+        except ValueError:
+            for text, origin in self._pending:
+                try:
+                    self._tokenizer.encode(text)
+                except ValueError as error:
+                    raise DataError("refused by the tokenizer", origin, str(error)) from error
+            raise
+
     def _flush(self) -> None:
         bos, eos = [self._tokenizer.bos_id], [self._tokenizer.eos_id]
-        for ids in self._tokenizer.encode_batch(self._pending):
+        for ids in self._encode():
             document = np.concatenate([bos, ids, eos]).astype(self._dtype)
             self._file.write(document.tobytes())
             self._lengths.append(len(document))

@@ -1,4 +1,6 @@
-"""Tokenizers: bytes, and byte-level BPE trained on the spot. Both are lossless on any text.
+"""Tokenizers: bytes, byte-level BPE trained on the spot, nucleotides.
+
+The first two are lossless on any text; nucleotides are lossless on upper-case sequences and refuse all other text.
 
 Special ids come first and exist only as ids: no text, not even one that spells "<|im_end|>", encodes to them.
 """
@@ -7,6 +9,7 @@ import functools
 import json
 import os
 import pathlib
+import string
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers as hf
 
-from zoo.core.registry import Registry
+from zoo.core.registry import Registry, check_choice
 
 TOKENIZERS = Registry("tokenizer")
 BASE_SPECIALS = ("<pad>", "<bos>", "<eos>", "<mask>")
@@ -22,11 +25,13 @@ BPE_SPECIALS = (
     *BASE_SPECIALS,
     *("<|im_start|>", "<|im_end|>", "<fim_pre>", "<fim_mid>", "<fim_suf>", "<sep>", "<eom>"),
 )
+NUCLEOTIDE_SPECIALS = (*BASE_SPECIALS, "<sep>", "<cls>", "<reserved>")
+NUCLEOTIDES = "ACGTN"
 _FORMAT = 1
 
 
 class Tokenizer:
-    """What both tokenizers share.
+    """What all tokenizers share.
 
     Attributes:
         specials: names of the special ids 0, 1, 2, ...
@@ -55,7 +60,7 @@ class Tokenizer:
         return self.specials.index(name)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids int32[T] of `text`, without bos and eos. Raises ValueError on lone surrogates."""
+        """Ids int32[T] of `text`, without bos and eos. Raises ValueError on what it has no id for: lone surrogates."""
         raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -180,6 +185,50 @@ class BPETokenizer(Tokenizer):
 
     def __reduce__(self):
         return BPETokenizer.from_state, (self.state(),)
+
+
+@TOKENIZERS.register("nucleotides")
+class NucleotideTokenizer(Tokenizer):
+    """One token per nucleotide: A C G T N = 7 ... 11, Z = 12; lower case reads as upper case, and decodes to it.
+
+    Reference: arXiv:2502.10807 and, before it, arXiv:2306.15794, which have as many ids. The numbers are our own.
+
+    Args:
+        unknown: "error", or "N" to read every other letter (IUPAC codes such as R, U of RNA) as N. A character that is
+            no letter of ASCII, such as a line break or a gap, is an error in either case.
+    """
+
+    specials = NUCLEOTIDE_SPECIALS
+
+    def __init__(self, unknown: str = "error"):
+        check_choice("tokenizer.unknown", unknown, ("error", "N"))
+        self.unknown = unknown
+        self.token_bytes = [b""] * len(self.specials) + [letter.encode() for letter in NUCLEOTIDES]
+        self._ids = np.full(256, -1, np.int32)  # by byte
+        if unknown == "N":
+            for letters in (string.ascii_uppercase, string.ascii_lowercase):
+                self._ids[list(letters.encode())] = self.token_bytes.index(b"N")
+        for index, letter in enumerate(NUCLEOTIDES):
+            self._ids[[ord(letter), ord(letter.lower())]] = len(self.specials) + index
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids int32[T] of `text`, without bos and eos. Raises ValueError that says what is no nucleotide, and where."""
+        ids = self._ids[np.frombuffer(_utf8(text), np.uint8)]
+        if ids.size and ids.min() < 0:
+            at = int(ids.argmin())  # what precedes it is ASCII: bytes are characters
+            letter = text[at].isascii() and text[at].isalpha()
+            fix = "tokenizer.unknown='N' reads it as N" if letter else "give the letters of one sequence and no more"
+            raise ValueError(f"{text[at]!r} at character {at} is none of {' '.join(NUCLEOTIDES)}; {fix}")
+        return ids
+
+    def state(self) -> dict[str, Any]:
+        """The name and the option."""
+        return {"name": "nucleotides", "unknown": self.unknown}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "NucleotideTokenizer":
+        """The inverse of `state`."""
+        return cls(state["unknown"])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

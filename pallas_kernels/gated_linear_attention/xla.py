@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.chunks import over_chunks
+from pallas_kernels.chunks import opaque, over_chunks
 
 # Scores across less than this many tokens are computed in blocks of this many: smaller products are slower.
 LEAF = 16
@@ -398,7 +398,7 @@ def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size
 
     saved = (batch, -(-length // chunk_size), groups, key, heads // groups * value)
     boundaries = jnp.zeros(saved, jnp.float32) if save else None
-    carry = (_grouped(before, groups), jnp.zeros_like(v), boundaries)
+    carry = (opaque(_grouped(before, groups)), jnp.zeros_like(v), boundaries)
     new_state, y, boundaries = over_chunks(length, chunk_size, body, carry)
     if valid is not None:  # a state that is not finite must not show at padding
         y = jnp.where(valid[..., None, None], y, 0)
@@ -433,7 +433,7 @@ def backward(q, k, v, log_decay, state, reset, valid, boundaries, dy, dstate, *,
         sums = jnp.zeros((heads,), jnp.float32)
     elif log_decay is not None:
         out["log_decay"] = jnp.zeros_like(log_decay)
-    carry = (_grouped(dstate, groups), sums, out)
+    carry = (opaque(_grouped(dstate, groups)), sums, out)
     dstate, sums, out = over_chunks(length, chunk_size, body, carry, reverse=True)
     dlog_decay = out.get("log_decay") if log_decay is None or sums is None else sums.astype(log_decay.dtype)
     return out["q"], out["k"], out["v"], dlog_decay, None if state is None else _ungrouped(dstate)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.chunks import over_chunks
+from pallas_kernels.chunks import opaque, over_chunks
 from pallas_kernels.mlstm import gates
 from pallas_kernels.mlstm.gates import Gates
 
@@ -214,7 +214,8 @@ def forward(q, k, v, i, f, C, n, m, reset, valid, *, scale: float, eps: float, c
     boundaries = None
     if save:
         boundaries = tuple(jnp.zeros((s.shape[0], g.m.shape[2], *s.shape[1:]), jnp.float32) for s in (C, n))
-    C, n, y, boundaries = over_chunks(length, chunk_size, body, (C, n, _tokens(jnp.zeros_like(v)), boundaries))
+    carry = (opaque(C), opaque(n), _tokens(jnp.zeros_like(v)), boundaries)
+    C, n, y, boundaries = over_chunks(length, chunk_size, body, carry)
     return y.array, C, n, g.m[..., -1, -1], boundaries
 
 
@@ -246,7 +247,7 @@ def backward(
 
     out = tuple(_tokens(jnp.zeros_like(x)) for x in (q, k, v))
     flows = (*(jnp.zeros_like(g.m) for _ in range(4)), jnp.zeros_like(g.m[..., 0]))
-    carry = (dC, dn, out, flows)
+    carry = (opaque(dC), opaque(dn), out, flows)
     dC, dn, out, flows = over_chunks(length, chunk_size, body, carry, reverse=True)
     out = [x.array for x in out]
     di, df, dm = gates.pull(i, f, m_first, reset, valid, chunk_size, flows, dm)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.chunks import over_chunks
+from pallas_kernels.chunks import opaque, over_chunks
 from pallas_kernels.taylor_linear_attention import features
 from pallas_kernels.taylor_linear_attention.reference import expand
 
@@ -197,7 +197,7 @@ def forward(q, k, v, state, reset, valid, *, scale: float, eps: float, chunk_siz
     if save:
         boundaries = jnp.zeros((batch, -(-length // chunk_size), *before.shape[1:]), jnp.float32)
         residuals = boundaries, jnp.zeros((batch, heads, length), jnp.float32)
-    new_state, y, residuals = over_chunks(length, chunk_size, body, (before, jnp.zeros_like(v), residuals))
+    new_state, y, residuals = over_chunks(length, chunk_size, body, (opaque(before), jnp.zeros_like(v), residuals))
     return y, new_state, residuals
 
 
@@ -225,6 +225,6 @@ def backward(q, k, v, state, reset, valid, y, residuals, dy, dstate, *, scale: f
         new = (dq * scale**0.5, dk * scale**0.5, du[..., :-1])
         return dstate, tuple(_write(buffer, x, start) for buffer, x in zip(out, new, strict=True))
 
-    carry = (dstate, tuple(jnp.zeros_like(x) for x in (q, k, v)))
+    carry = (opaque(dstate), tuple(jnp.zeros_like(x) for x in (q, k, v)))
     dstate, out = over_chunks(q.shape[1], chunk_size, body, carry, reverse=True)
     return *out, None if state is None else dstate

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch import config as config_lib
-from launch import mesh
+from launch import mesh, train
 from launch.config import ConfigError
 from launch.configs import base, benchmark, quickstart, recall, samba, state_tracking
 from launch.metrics import Meter, Table, read_csv
@@ -165,3 +165,17 @@ def test_place_shards_rows():
     placed = mesh.place({"tokens": np.arange(8).reshape(4, 2)}, *devices)
     assert placed["tokens"].shape == (4, 2)
     assert len(placed["tokens"].sharding.device_set) == len(jax.devices())
+
+
+def test_nucleotides_by_name(tmp_path):
+    """HybriDNA's tokenizer sets its vocabulary; a prompt that is no sequence is refused before the run, not after."""
+    (tmp_path / "dna.jsonl").write_text("".join(json.dumps({"text": "acgtn" * n}) + "\n" for n in range(1, 9)))
+    config = changed(data__source={"name": "jsonl", "paths": str(tmp_path / "dna.jsonl"), "heldout_fraction": 0.3})
+    config.model.name = "hybridna-tiny"
+    config.data.tokenizer = {"name": "nucleotides", "unknown": "error"}
+    run = build(config, tmp_path / "run")
+    assert (run.data.vocab_size, run.model.config.vocab_size) == (12, 12)
+    assert "ACGTN" in run.data.tokenizer.decode(run.data.train[0])
+    with pytest.raises(ConfigError, match=r"config\.generate\.prompts: 'd' at character 0 is none of A C G T N"):
+        train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()

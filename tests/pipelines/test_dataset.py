@@ -151,8 +151,24 @@ def test_everything_held_out_or_nothing_held_out(source, tmp_path):
         ({"name": "bytes", "vocab_size": 260}, "no option 'vocab_size'"),
         ({"name": "bpe", "vocab_size": 100}, "too small"),
         ({}, "needs a 'name'"),
+        ({"name": "nucleotides", "unknown": "X"}, "tokenizer.unknown='X' is not supported"),
+        ({"name": "nucleotides", "unkown": "N"}, "did you mean 'unknown'"),
     ],
 )
 def test_a_bad_tokenizer_config_is_refused(source, tmp_path, tokenizer, message):
     with pytest.raises((KeyError, ValueError), match=message):
         prepare(source, tokenizer, tmp_path)
+
+
+def test_nucleotides_by_name(tmp_path):
+    """Sequences of JSON lines, of either case; one that is not a sequence is named by its line."""
+    path, config = tmp_path / "dna.jsonl", {"name": "nucleotides", "unknown": "N"}
+    sequences = ["ACGTN", "ggcatt", "ACRYT", "TT"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sequences))
+    source = {"name": "jsonl", "paths": str(path), "heldout_fraction": 0.0}
+    data = prepare(source, config, tmp_path)
+    assert list(data.texts("train")) == [b"ACGTN", b"GGCATT", b"ACNNT", b"TT"]
+    assert (data.tokenizer.vocab_size, data.train.num_bytes, data.train.num_targets) == (12, 18, 22)
+    np.testing.assert_array_equal(data.train[1], [1, 9, 9, 8, 7, 10, 10, 2])
+    with pytest.raises(DataError, match=r"dna\.jsonl:3: refused by the tokenizer: 'R' at character 2 is none of A C G"):
+        prepare(source, {"name": "nucleotides"}, tmp_path)

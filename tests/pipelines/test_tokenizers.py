@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from pipelines import ByteTokenizer, load_tokenizer, train_bpe
+from pipelines import ByteTokenizer, NucleotideTokenizer, load_tokenizer, train_bpe
 from pipelines.tokenizers import _byte_of_character
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "naïve café 日本語 😀", "the cat sat on the mat, the cat"] * 3
@@ -115,3 +115,46 @@ def test_load_refuses_other_files(tmp_path):
     path.write_text(path.read_text().replace("<mask>", "<unk>"))
     with pytest.raises(ValueError, match="another version"):
         load_tokenizer(path)
+
+
+NUCLEOTIDE_IDS = {letter: 7 + index for index, letter in enumerate("ACGTN")}
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(text=st.text("ACGTNacgtn", max_size=60))
+def test_nucleotides_round_trip_to_upper_case(text):
+    tokenizer = NucleotideTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [NUCLEOTIDE_IDS[letter] for letter in text.upper()]
+    assert tokenizer.decode(ids) == text.upper()
+    assert tokenizer.byte_lengths[ids].sum() == len(text)
+
+
+def test_nucleotides_ids_and_specials(tmp_path):
+    tokenizer = NucleotideTokenizer("N")
+    assert (tokenizer.vocab_size, tokenizer.special_id("<sep>"), tokenizer.decode(range(7))) == (12, 4, "")
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) == (0, 1, 2, 3)
+    tokenizer.save(tmp_path / "t.json")
+    for copy in (load_tokenizer(tmp_path / "t.json"), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy == tokenizer != NucleotideTokenizer()
+        np.testing.assert_array_equal(copy.encode("aRx"), [7, 11, 11])
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(text=st.text(st.sampled_from("ACGTnacRyU-\n >é日0"), max_size=12) | UNICODE)
+@pytest.mark.parametrize("unknown", ["error", "N"])
+def test_other_characters_are_named_with_their_place_or_read_as_n(unknown, text):
+    ascii_letters = {chr(code) for code in (*range(65, 91), *range(97, 123))}
+    allowed = ascii_letters if unknown == "N" else set("ACGTNacgtn")
+    bad = [(at, letter) for at, letter in enumerate(text) if letter not in allowed]
+    tokenizer = NucleotideTokenizer(unknown)
+    if not bad:
+        letters = [letter if letter in NUCLEOTIDE_IDS else "N" for letter in text.upper()]
+        assert tokenizer.decode(tokenizer.encode(text)) == "".join(letters)
+        return
+    at, letter = bad[0]
+    with pytest.raises(ValueError) as caught:
+        tokenizer.encode(text)
+    assert str(caught.value).startswith(f"{letter!r} at character {at} is none of A C G T N; ")
+    assert ("unknown='N'" in str(caught.value)) == (letter in ascii_letters)

@@ -6,6 +6,7 @@ from zoo.models import (
     gated_linear_attention,
     hgrn,
     hybrid,
+    hybridna,
     lstm,
     mamba,
     mamba2,
@@ -15,6 +16,7 @@ from zoo.models import (
     xlstm,
     zamba,
 )
+from zoo.models.echo import echo_embedding
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -28,9 +30,11 @@ __all__ = [
     "create",
     "dense",
     "describe",
+    "echo_embedding",
     "gated_linear_attention",
     "hgrn",
     "hybrid",
+    "hybridna",
     "list_models",
     "lstm",
     "mamba",
