@@ -161,7 +161,12 @@ PICTURES = {
         read=("logits [128 rows, columns]",),
         kept=("maximum, sum [rows, 128 lanes];", "the k best of each row, sorted,", "in the blocks of results"),
         scalars=(),
-        work=("per lane: maximum, sum, and the", "block's two largest; one by one", "they enter while above the k-th"),
+        work=(
+            "per lane: maximum, sum, and the",
+            "block's two largest; they enter",
+            "one by one while above the k-th,",
+            "or (bfloat16) sorted and merged",
+        ),
         written=("sum [rows, 1]", "values, indices [128, rows]"),
         floor="HBM: one read of the logits",
     ),

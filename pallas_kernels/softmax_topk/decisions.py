@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.softmax_topk import mosaic_tpu
+from pallas_kernels.softmax_topk import keys, mosaic_tpu
 
 LANES = mosaic_tpu.LANES
 SEARCHED = mosaic_tpu._SEARCHED
@@ -25,9 +25,10 @@ def of_normal_logits(shape) -> Iterable[bool] | None:
     if shape.rows % LANES or shape.columns < 4 * LANES:
         return None
     dtype = jnp.dtype(shape.dtype)
-    _, block_columns = mosaic_tpu.block_sizes(shape.rows, shape.columns, dtype.itemsize)
+    sizes = mosaic_tpu.block_sizes(shape.rows, shape.columns, dtype.itemsize)
     logits = np.random.default_rng(0).standard_normal((LANES, shape.columns), np.float32).astype(dtype)
-    decided, _ = decide(logits.astype(np.float32), shape.k, block_columns)
+    rule = decide_of_keys if keys.serves(*sizes, dtype, mosaic_tpu.UNROLL) else decide
+    decided, _ = rule(logits.astype(np.float32), shape.k, sizes[1])
     return itertools.cycle(itertools.chain(*decided))
 
 
@@ -71,6 +72,44 @@ def decide(logits, k, block_columns):
             known = np.where(np.repeat(searched, SEARCHED)[:, None], given, known)
         decided.append(found)
     return decided, kept
+
+
+def decide_of_keys(logits, k, block_columns):
+    """As `decide`, for 128 rows of bfloat16 numbers of usual size, which have keys."""
+    decided = []
+    values, kept = np.full((LANES, k), -np.inf, np.float32), np.full((LANES, k), mosaic_tpu._NO_COLUMN)
+    for start in range(0, logits.shape[1], block_columns):
+        entries, columns = _lanes_of_best(logits[:, start : start + block_columns], values[:, -1], start)
+        found = [True, True, False, True, False][not start :]
+        searched = np.ones(LANES, bool)
+        for given in range(0, entries.shape[2], 2):
+            new = (a[..., given : given + 2].reshape(LANES, -1) for a in (entries, columns))
+            values, kept = _best(values, kept, *new, rows=searched)
+            bound = entries[..., given + 2].max(1) if given + 2 < entries.shape[2] else np.full(LANES, -np.inf)
+            behind = _before(values[:, -1], np.where(kept[:, -1] < start, 0, mosaic_tpu._NO_COLUMN), bound, 1)
+            waits = searched & ~behind & (bound > -np.inf)
+            groups = waits.reshape(-1, keys.SEARCHED).any(1)
+            found += _asked(groups)
+            if not groups.any():
+                break
+            searched = np.repeat(groups, keys.SEARCHED)
+        decided.append([*found, False])  # whether the general kernel takes the block
+    return decided, kept
+
+
+def _asked(groups):
+    """What the schedule asks when the groups that wait are known."""
+    waits = bool(groups.any())
+    return [waits, *(itertools.chain(*((g, not g) for g in groups)) if waits else ()), waits]
+
+
+def _best(values, kept, new_values, new_kept, rows):
+    """The lists with the entries of some rows."""
+    k = values.shape[1]
+    values = np.column_stack([values, np.where(rows[:, None], new_values, -np.inf)])
+    kept = np.column_stack([kept, new_kept])
+    order = np.lexsort((kept, -values), axis=1)[:, :k]
+    return np.take_along_axis(values, order, 1), np.take_along_axis(kept, order, 1)
 
 
 def _before(value, column, other_value, other_column):

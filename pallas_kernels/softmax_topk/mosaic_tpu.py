@@ -12,6 +12,8 @@ So any input is exact; how many rounds and searches a block takes depends on its
 enter. Entries are ordered by (value descending, column ascending), so the order of lanes and chunks never shows. Rounds
 have rows on lanes and the list on sublanes and vector registers: position p of R registers is sublane p // R of
 register p % R, so that making room moves whole registers.
+
+Blocks of bfloat16 logits mostly go another, cheaper way (`keys`); the general one takes those that it leaves.
 """
 
 import functools
@@ -23,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, interpret
+from pallas_kernels.softmax_topk import keys
 from pallas_kernels.tiles import LANES
 
 SUBLANES = 8
@@ -66,11 +69,13 @@ def forward(logits, *, k: int):
     rows, columns = logits.shape
     block_rows, block_columns = block_sizes(rows, columns, logits.dtype.itemsize)
     row_blocks = pl.cdiv(rows, block_rows)
-    kept = pl.cdiv(k, SUBLANES) * SUBLANES
+    keyed = keys.serves(block_rows, block_columns, logits.dtype, UNROLL)
+    kept = keys.length(k) if keyed else pl.cdiv(k, SUBLANES) * SUBLANES
     accumulator = pltpu.VMEM((block_rows, LANES), jnp.float32)
     tile = (LANES, LANES)
     found = [pltpu.VMEM(tile, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)]
     queues = [pltpu.VMEM(tile, jnp.float32)] * 5
+    keyed_scratch = [pltpu.VMEM(tile, jnp.float32)] * 4 * keyed
     best = pl.BlockSpec((kept, LANES), lambda i, j: (0, i))
     total, values, indices = pl.pallas_call(
         functools.partial(_kernel, k=k, columns=columns),
@@ -82,7 +87,7 @@ def forward(logits, *, k: int):
             jax.ShapeDtypeStruct((kept, row_blocks * LANES), jnp.float32),
             jax.ShapeDtypeStruct((kept, row_blocks * LANES), jnp.int32),
         ],
-        scratch_shapes=[accumulator, accumulator, *found, *queues],
+        scratch_shapes=[accumulator, accumulator, *found, *queues, *keyed_scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret.parameters(),
         name="softmax_topk",
@@ -99,11 +104,12 @@ def _rows_first(best, rows: int):
     return best.reshape(kept // SUBLANES, SUBLANES, -1).transpose(2, 1, 0).reshape(-1, kept)[:rows]
 
 
-def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *queue_refs, k, columns):
-    found_refs, queue_refs = queue_refs[:5], queue_refs[5:]  # [rows, lanes] and [lanes, rows]
+def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *scratch_refs, k, columns):
+    found_refs, queue_refs, key_refs = scratch_refs[:5], scratch_refs[5:10], scratch_refs[10:]
     j, last = pl.program_id(1), pl.num_programs(1) - 1
     start = j * x_ref.shape[1]
     ragged = columns % x_ref.shape[1] != 0  # the last block hangs over the edge, where it holds anything
+    state_refs, list_refs = (maximum_ref, total_ref), (values_ref, indices_ref)
 
     def masked_at_the_edge(function):
         if not ragged:
@@ -112,8 +118,7 @@ def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *qu
         pl.when(j < last)(lambda: function(None))
         pl.when(j == last)(lambda: function(columns - start))
 
-    @pl.when(j == 0)
-    def _():
+    def begin():
         maximum_ref[...] = jnp.full_like(maximum_ref, -_HIGHEST)
         total_ref[...] = jnp.zeros_like(total_ref)
         values_ref[...] = jnp.full_like(values_ref, jnp.nan)  # any entry enters where nothing is yet
@@ -121,12 +126,35 @@ def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *qu
         for ref in found_refs:  # rows that a small block has not hold no entry
             ref[...] = jnp.full_like(ref, -jnp.inf if ref.dtype == jnp.float32 else _NO_CHUNK)
 
+    def take():
+        pl.when(j == 0)(begin)
+        _take(x_ref, state_refs, list_refs, found_refs, queue_refs, k, start, masked_at_the_edge)
+
+    if key_refs:
+        pl.when(j == 0)(begin)  # again where the attempt at the first block fails
+        kth = functools.partial(_kth, k=k)
+        taken = keys.attempt(x_ref, state_refs, list_refs, key_refs, kth, masked_at_the_edge, start, UNROLL)
+        pl.when(taken == 0)(take)
+    else:
+        take()
+
+    @pl.when(j == last)
+    def _():
+        if key_refs:  # sums may be relative to 0
+            maximum = jnp.clip(jnp.broadcast_to(values_ref[:1], maximum_ref.shape).T, -_HIGHEST, _HIGHEST)
+        else:
+            maximum = jnp.max(maximum_ref[...], axis=-1, keepdims=True)
+        out_ref[...] = jnp.sum(total_ref[...] * jnp.exp(maximum_ref[...] - maximum), axis=-1, keepdims=True)
+
+
+def _take(x_ref, state_refs, list_refs, found_refs, queue_refs, k, start, masked_at_the_edge):
+    """Takes a block into the running softmax and the lists."""
     masked_at_the_edge(functools.partial(_largest, x_ref, found_refs))
-    masked_at_the_edge(functools.partial(_add_exponentials, x_ref, found_refs[0], maximum_ref, total_ref))
+    masked_at_the_edge(functools.partial(_add_exponentials, x_ref, found_refs[0], *state_refs))
 
     # The first pass does not tell where -inf stands. Behind the first block it cannot enter; there, a search tells.
     rows = slice(0, x_ref.shape[0])
-    search_all = (j == 0) & jnp.any(found_refs[4][rows] == -jnp.inf)
+    search_all = (start == 0) & jnp.any(found_refs[4][rows] == -jnp.inf)
 
     @pl.when(search_all)
     def _():
@@ -137,8 +165,8 @@ def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *qu
         _, searched, fresh = carry
         masked_at_the_edge(functools.partial(_search, x_ref, found_refs, searched > 0))
         _fill(queue_refs, found_refs, start, fresh > 0)
-        _rounds(queue_refs, values_ref, indices_ref, k)
-        kth = tuple(_kth(ref[...], k) for ref in (values_ref, indices_ref))
+        _rounds(queue_refs, list_refs[0], list_refs[1], k)
+        kth = tuple(_kth(ref[...], k) for ref in list_refs)
         # What is as large as the k-th stands behind it if that is from an earlier block.
         too_small = (kth[0] > queue_refs[4][...]) | ((kth[0] == queue_refs[4][...]) & (kth[1] < start))
         waits = jnp.max(jnp.where(too_small, 0.0, queue_refs[1][...]), axis=0, keepdims=True) == _UNKNOWN
@@ -150,11 +178,6 @@ def _kernel(x_ref, out_ref, values_ref, indices_ref, maximum_ref, total_ref, *qu
     every_row = jnp.ones((1, LANES), jnp.int32)
     first = jnp.int32(1), every_row * search_all.astype(jnp.int32), every_row
     lax.while_loop(lambda carry: carry[0] > 0, rounds_until_a_search, first)
-
-    @pl.when(j == last)
-    def _():
-        maximum = jnp.max(maximum_ref[...], axis=-1, keepdims=True)
-        out_ref[...] = jnp.sum(total_ref[...] * jnp.exp(maximum_ref[...] - maximum), axis=-1, keepdims=True)
 
 
 def _row_groups(rows: int, size: int = _GROUP):

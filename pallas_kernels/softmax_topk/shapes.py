@@ -36,6 +36,7 @@ MODELS = {
     "gemma_speculate": TopKShape(40, 256000, 128),
     "router_256_experts": TopKShape(8192, 256, 8),
 }
+PROFILE = ("distil_128k", "distil_128k_bfloat16")
 
 TINY = {
     "one": TopKShape(1, 1, 1),
