@@ -2,6 +2,7 @@
 
 from zoo.models import (
     based,
+    conversion,
     dense,
     gated_linear_attention,
     hgrn,
@@ -15,6 +16,7 @@ from zoo.models import (
     xlstm,
     zamba,
 )
+from zoo.models.conversion import carry_over, convert
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -25,6 +27,9 @@ __all__ = [
     "Model",
     "Sublayer",
     "based",
+    "carry_over",
+    "conversion",
+    "convert",
     "create",
     "dense",
     "describe",
