@@ -16,7 +16,7 @@ from zoo.models import (
     xlstm,
     zamba,
 )
-from zoo.models.conversion import carry_over, convert
+from zoo.models.conversion import carry_over, convert, converted_model
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
 
@@ -30,6 +30,7 @@ __all__ = [
     "carry_over",
     "conversion",
     "convert",
+    "converted_model",
     "create",
     "dense",
     "describe",

@@ -159,15 +159,28 @@ def convert(
 
     Reference: arXiv:2408.15237, algorithm 1; arXiv:2402.04347, section 4.2.
     """
-    options = {"base": model.family, "base_options": dict(model.options), "to": to, "keep": keep, "mixer": mixer}
+    new = converted_model(model, to=to, keep=keep, mixer=mixer)
+    return new, carry_over(model.config, params, new.config, key)
+
+
+def converted_model(
+    model: Model,
+    *,
+    to: str,
+    keep: int | Sequence[int] = 2,
+    mixer: Mapping[str, Any] | None = None,
+    base_options: Mapping[str, Any] | None = None,
+) -> Model:
+    """The model that `convert` makes, without parameters; base_options replace some of the options of `model`."""
+    options = {"base": model.family, "base_options": model.options, "to": to, "keep": keep, "mixer": mixer}
     if model.family == FAMILY:
         earlier = dict(model.options)
         for name, value in (("to", to), ("mixer", mixer)):
             if value != earlier[name]:
                 raise ValueError(f"convert: {name}={value!r} must be that of the earlier conversion, {earlier[name]!r}")
         options = {**earlier, "keep": keep}
-    new = dataclasses.replace(create(FAMILY, **options), name=model.name)
-    return new, carry_over(model.config, params, new.config, key)
+    options["base_options"] = {**(options["base_options"] or {}), **(base_options or {})}
+    return dataclasses.replace(create(FAMILY, **options), name=model.name)
 
 
 def carry_over(source: LanguageModelConfig, params: Tree, target: LanguageModelConfig, key: jax.Array) -> Tree:
