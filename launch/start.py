@@ -66,7 +66,7 @@ def _saved(workdir: pathlib.Path, checkpoint: str) -> tuple[dict[str, Any], path
     """The config of another run, reduced to what its parameters depend on."""
     path = workdir / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{workdir} holds no run: there is no {path.name}")
+        raise ValueError(f"{workdir} holds no run: there is no {path.name}")
     defaults = config_lib.to_dict(base.get_config())
     saved = {**defaults, **json.loads(path.read_text())["config"]}
     saved["evaluate"]["checkpoint"] = checkpoint
