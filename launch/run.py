@@ -229,7 +229,8 @@ def _initial_params(plain: dict[str, Any], model: Model, source: start.Source) -
 def _restore(config: dict[str, Any], workdir: pathlib.Path, *, mesh: Mesh, rules: Rules) -> start.Source:
     """Model and parameters (with adapters merged) of the checkpoint of another run that its config names."""
     program = assemble(config, mesh, rules)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    metric = data_lib.metrics(config)[0]
+    checkpoints = Checkpoints(workdir / "checkpoints", metric=metric, read_only=True)
     state = checkpoints.restore(program.abstract, step=checkpoints.find(config["evaluate"]["checkpoint"]))
     checkpoints.close()
     return program.model, lora.merge(evaluation_params(state))

@@ -38,6 +38,9 @@ def check(config: Mapping[str, Any], key: str) -> str:
     for option in needed:
         if option not in given:
             raise ValueError(f"name {name!r} needs {option}")
+    checkpoint = given.get("checkpoint", "last")
+    if checkpoint not in ("best", "last") and not (isinstance(checkpoint, str) and checkpoint.isdigit()):
+        raise ValueError(f"checkpoint={checkpoint!r} must be 'best', 'last' or the digits of a step")
     return name
 
 

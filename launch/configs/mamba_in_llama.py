@@ -15,8 +15,8 @@ text:
     python launch/main.py --config=launch/configs/mamba_in_llama.py:hedgehog --workdir=runs/llama/hedgehog
     python launch/main.py --config=launch/configs/mamba_in_llama.py:hedgehog_lora --workdir=runs/llama/hedgehog_lora
 
-A model from Hugging Face takes the teacher's place with
---config.initial.name=hf --config.initial.folder=FOLDER --config.initial.workdir=None.
+A model from Hugging Face takes the teacher's place where a config says
+config.initial = config.teacher = {"name": "hf", "folder": FOLDER}.
 
 How long a variant takes, and what it reaches, has not been measured.
 """

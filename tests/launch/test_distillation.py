@@ -166,6 +166,7 @@ def test_a_converted_run_learns_from_the_one_it_starts_from(finished, config, tm
         ({"initial": {"name": "runs"}}, r"config\.initial: name='runs' is not supported; did you mean"),
         ({"initial": {"name": "run"}}, r"config\.initial: name 'run' needs workdir"),
         ({"initial": {"name": "run", "workdir": "nowhere"}}, r"config\.initial: .*holds no run"),
+        ({"initial": {"name": "run", "workdir": "nowhere", "checkpoint": 3}}, "checkpoint=3 must be 'best', 'last' or"),
         ({"initial": {"name": "hf", "folder": "nowhere"}}, r"config\.initial: .*nowhere is no folder"),
         ({"model.base": "llama-tiny", "model.base_options": {"width": 32}, "teacher": {"name": "run", "workdir": "no"}},
          r"config\.teacher: .*holds no run"),
@@ -194,6 +195,26 @@ def test_refusals(finished, config, tmp_path, change, message):
         node[last] = value
     with pytest.raises(ConfigError, match=message):
         build(config, tmp_path).init()
+
+
+def test_a_folder_of_hugging_face_as_the_start(config, tmp_path):
+    """Its model is converted as it is, without a base in the config."""
+    model = zoo.create("llama-tiny", **{**SIZES, "vocab_size": 264}, rope_theta=5e4)
+    params = redraw(model.param_specs(), 7)
+    zoo.to_hf(model, params, tmp_path / "hf")
+    config.model = {"name": "converted", "to": "mamba2_attention", "keep": 2, "vocab_size": None}
+    config.initial = {"name": "hf", "folder": str(tmp_path / "hf")}
+    config.teacher = {"name": "initial"}
+    config.objective = {"name": "logit_distillation"}
+    run = build(config, tmp_path)
+    assert run.model.config.pattern[2].mixer.rotary.theta == 5e4
+    assert_trees_equal(run.teacher, params)
+    layers = run.init().params["layers"]
+    for index, name in enumerate(("0_mamba2_attention", "2_attention")):
+        for leaf in "qkvo":
+            np.testing.assert_array_equal(
+                layers[name]["mixer"][leaf][0], params["layers"]["0_attention"]["mixer"][leaf][index]
+            )
 
 
 def test_a_second_conversion_takes_the_first_ones_options(finished):
