@@ -280,7 +280,8 @@ def _model(config: dict[str, Any], initial: Callable[[], start.Source] | None = 
                 f"config.initial has vocab_size={source.config.vocab_size}, smaller than the data's {vocab_size}"
             )
         check_keys("'converted' without base", given, start.CONVERSION)
-        given["base_options"] = {"param_dtype": "float32", **given.get("base_options", {})}
+        overrides = {name: given.pop(name) for name in conversion.OVERRIDES if name in given}
+        given["base_options"] = {"param_dtype": "float32", **given.get("base_options", {}), **overrides}
         return conversion.converted_model(source, **given)
 
 

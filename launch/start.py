@@ -20,7 +20,7 @@ Source = tuple[Model, Tree]
 SOURCES: Mapping[str, tuple[str, ...]] = {"run": ("workdir",), "hf": ("folder",)}
 OPTIONAL = {"run": ("checkpoint",), "hf": ()}
 NONE = {"initial": "random", "teacher": "none"}
-CONVERSION = ("to", "keep", "mixer", "base_options")  # options of a conversion without a base
+CONVERSION = ("to", "keep", "mixer", "base_options", *conversion.OVERRIDES)  # options of a conversion without a base
 AS_INITIAL = "initial"  # of config.teacher: the model that config.initial names, as it is there
 
 
@@ -82,17 +82,18 @@ def conversion_of_run(model: dict[str, Any], workdir: str) -> dict[str, Any]:
     Raises:
       ValueError: an option that no conversion has, or one that an earlier conversion has otherwise.
     """
-    check_keys("'converted' without base", model, ("name", "base", "vocab_size", *CONVERSION))
+    check_keys("'converted' without base", model, ("name", "base", *CONVERSION))
     given = {name: value for name, value in model.items() if value is not None}
     saved = _saved(pathlib.Path(workdir).expanduser(), "last")[0]["model"]
     if saved["name"] == conversion.FAMILY:
         for name in ("to", "mixer"):
             if given.get(name) != saved.get(name):
                 raise ValueError(f"{name}={given.get(name)!r} must be that of {workdir}, {saved.get(name)!r}")
-        return {**saved, "keep": given.get("keep", 2)}
+        overrides = {name: value for name, value in given.items() if name in conversion.OVERRIDES}
+        return {**saved, "keep": given.get("keep", 2), **overrides}
     name = saved.pop("name")
     given["base_options"] = {**saved, **given.get("base_options", {})}
-    return {**given, "base": name, "vocab_size": given["base_options"].get("vocab_size")}
+    return {"vocab_size": given["base_options"].get("vocab_size"), **given, "base": name}
 
 
 def adapted(specs: Tree, config: Mapping[str, Any]) -> Tree:

@@ -31,6 +31,14 @@ TAKEN = ("heads", "kv_heads", "head_width", "qkv_bias", "out_bias", *STANDARD_DE
 REFUSED = ("soft_cap", "qk_norm", "clip_qkv")
 # Fields of a model that do not change what its parameters compute.
 FREE = ("dtype", "param_dtype", "residual_dtype", "remat", "max_length", "embedding_init_std", "head_init_std")
+OVERRIDES = (
+    "vocab_size",
+    "dtype",
+    "param_dtype",
+    "residual_dtype",
+    "remat",
+    "max_length",
+)  # of the base, in `converted`
 STAGES = ("first", "pattern", "repeats", "last")
 
 
@@ -98,6 +106,11 @@ def converted(
     mixer: Mapping[str, Any] | None = None,
     base_options: Mapping[str, Any] | None = None,
     vocab_size: int | None = None,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    residual_dtype: str | None = None,
+    remat: str | None = None,
+    max_length: int | None = None,
 ) -> LanguageModelConfig:
     """The model `base` with some of its attention layers as linear recurrences.
 
@@ -107,16 +120,14 @@ def converted(
       keep: which attention layers stay: n = the last of every n (2, 4 and 8 are the 50, 25 and 12.5 % of Mamba in the
         Llama), 0 = none, or their indices among the attention layers.
       mixer: options of the new mixers that attention does not fix, such as {"conv_width": None}.
-      vocab_size: None = the base's.
+      vocab_size, dtype, param_dtype, residual_dtype, remat, max_length: None = the base's.
 
     Raises:
       ValueError: there is no attention to convert, or it cannot be converted; see `converted_mixer`.
     """
-    options = dict(base_options or {})
-    if vocab_size is not None:
-        if options.setdefault("vocab_size", vocab_size) not in (None, vocab_size):
-            raise ValueError(f"convert: vocab_size={vocab_size} differs from that of base_options")
-        options["vocab_size"] = vocab_size
+    values = (vocab_size, dtype, param_dtype, residual_dtype, remat, max_length)
+    given = {name: value for name, value in zip(OVERRIDES, values, strict=True) if value is not None}
+    options = {**(base_options or {}), **given}
     config = create(base, **options).config
     sublayers = [sub for _, _, sub in config.in_order()]
     if any(mixer_of(sub.mixer).across_layers for sub in sublayers):
