@@ -52,7 +52,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in BATCH.items()}
     start = time.perf_counter()
     with program.active(), tempfile.TemporaryDirectory() as folder:
-        lowered = program.train_step.lower(program.abstract, batch)
+        lowered = program.train_step.lower(program.abstract, batch, program.teacher)
         try:
             # The text comes from the compiler's own dump: libtpu's module may hold operations that jaxlib cannot print.
             compiled = lowered.compile(

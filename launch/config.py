@@ -14,7 +14,10 @@ from zoo.core.registry import nearest
 
 MODES = ("train", "evaluate", "generate", "compile", "benchmark")
 # Their options belong to what `name` names, and are checked by its registry.
-OPEN = ("model", "objective", "optimizer", "optimizer.schedule", "data.source", "data.tokenizer", "rules.overrides")
+OPEN = (
+    *("model", "initial", "teacher", "adapter", "objective", "optimizer", "optimizer.schedule"),
+    *("data.source", "data.tokenizer", "rules.overrides"),
+)
 # What may differ when a run is resumed: where and how it runs, and what is reported. A longer `steps` needs the
 # schedule's horizon, optimizer.schedule.steps, to stay as it was.
 MAY_CHANGE = (

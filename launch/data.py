@@ -36,6 +36,12 @@ def prepare(config: Any, workdir: pathlib.Path) -> Data:
     return pipelines.prepare({"name": name, **given}, described, data["directory"] or workdir)
 
 
+def metrics(config: Any) -> tuple[str, ...]:
+    """What runs on config.data report; the first one chooses the best checkpoint."""
+    task = config["data"]["source"]["name"] in pipelines.TASKS.names()
+    return (pipelines.TaskDataset if task else pipelines.TextDataset).metrics
+
+
 def train_batches(data: Data, config: Any) -> grain.DatasetIterator:
     """This process's rows of every training batch."""
     common = {

@@ -9,19 +9,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import objectives
 from launch import config as config_lib
 from launch import data as data_lib
+from launch import distillation, start
 from launch import mesh as mesh_lib
 from launch import optimizer as optimizer_lib
 from launch import step as step_lib
 from launch.checkpoints import Checkpoints
 from launch.step import TrainState
+from zoo.adapters import lora
 from zoo.core import sharding
+from zoo.core.params import Tree, partition
+from zoo.core.registry import check_keys
 from zoo.core.sharding import Rules
-from zoo.models import Model, create
+from zoo.models import Model, carry_over, conversion, create
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +35,23 @@ class Program:
 
     Attributes:
       model: from config.model.
+      specs: of its parameters, with adapters.
       mesh, rules: how arrays are split.
       shardings, abstract: of the TrainState.
       init: () -> TrainState of step 0.
-      train_step: (state, batch) -> (state, metrics); donates the state.
+      teacher: parameters of the teacher, or None.
+      train_step: (state, batch, teacher) -> (state, metrics); donates the state.
       eval_step: (params, batch, key) -> sums.
     """
 
     model: Model
+    specs: Tree
     mesh: Mesh
     rules: Rules
     shardings: TrainState
     abstract: TrainState
     init: Callable[[], TrainState]
+    teacher: Tree
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
 
@@ -113,6 +122,10 @@ def resolve(config: Any, vocab_size: int) -> dict[str, Any]:
       ConfigError: config.model.vocab_size is smaller than the data's.
     """
     resolved = copy.deepcopy(config_lib.to_dict(config))
+    if _from_initial(resolved) and resolved["initial"].get("name") == "run":
+        with config_lib.at("initial"):
+            start.check(resolved, "initial")
+            resolved["model"] = start.conversion_of_run(resolved["model"], resolved["initial"]["workdir"])
     model = resolved["model"]
     if model.get("vocab_size") is None:
         model["vocab_size"] = vocab_size
@@ -134,7 +147,11 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
     config_lib.check(config)
     # Names and options are looked at before the data is prepared, which may take a while.
     plain = resolve(config, 1)
-    _model(plain)
+    for key in start.NONE:
+        with config_lib.at(key):
+            start.check(plain, key)
+    if not _from_initial(plain):
+        _model(plain)
     _objective(plain)
     with config_lib.at("mesh and config.rules"):
         mesh, rules = mesh_lib.make(plain)
@@ -150,39 +167,127 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
 
 
 def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
-    """The functions of a resolved config on a mesh; nothing is compiled or allocated yet."""
-    model = _model(plain)
+    """The functions of a resolved config on a mesh; but for a teacher, nothing is compiled or allocated yet."""
+    restore = functools.partial(_restore, mesh=mesh, rules=rules)
+    initial = functools.cache(functools.partial(start.read, plain, "initial", restore))
+    model = _model(plain, initial)
+    with config_lib.at("adapter"):
+        specs = start.adapted(model.param_specs(), plain)
+    trainable = start.trainable(specs, plain)
     with config_lib.at("optimizer"):
-        optimizer, schedule = optimizer_lib.make(plain["optimizer"], model.param_specs())
+        trained = specs if trainable is None else partition(specs, trainable)[0]
+        optimizer, schedule = optimizer_lib.make(plain["optimizer"], trained)
     ema = plain["ema_decay"] > 0
-    loss = step_lib.language_model_loss(model, _objective(plain), plain["implementation"])
-    init = functools.partial(step_lib.init_state, model, optimizer, seed=plain["seed"], ema=ema)
+    train_loss, eval_loss, source = _losses(plain, model, initial, restore)
+    options = {"seed": plain["seed"], "ema": ema, "trainable": trainable}
+    fresh = functools.partial(step_lib.init_state, specs, optimizer, **options)
     with config_lib.at("mesh and config.rules"):
-        shardings = step_lib.state_shardings(model, optimizer, mesh, rules, ema=ema)
+        shardings = step_lib.state_shardings(specs, optimizer, mesh, rules, ema=ema, trainable=trainable)
     train_step = step_lib.make_train_step(
-        loss, optimizer, schedule, accumulation=plain["accumulation"], ema_decay=plain["ema_decay"]
+        train_loss,
+        optimizer,
+        schedule,
+        accumulation=plain["accumulation"],
+        ema_decay=plain["ema_decay"],
+        trainable=trainable,
     )
+    init = jax.jit(fresh, out_shardings=shardings)
+
+    def init_from_source() -> TrainState:
+        params = jax.device_put(_initial_params(plain, model, initial()), shardings.params)
+        initial.cache_clear()
+        # Copies: the state is donated, and what it is made of may be the teacher's.
+        begin = lambda params: fresh(params=jax.tree.map(jnp.copy, params))  # noqa: E731
+        return jax.jit(begin, out_shardings=shardings)(params)
+
     return Program(
         model=model,
+        specs=specs,
         mesh=mesh,
         rules=rules,
         shardings=shardings,
         abstract=jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), jax.eval_shape(init), shardings
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), jax.eval_shape(fresh), shardings
         ),
-        init=jax.jit(init, out_shardings=shardings),
+        init=init if plain["initial"]["name"] == start.NONE["initial"] else init_from_source,
+        teacher=None
+        if source is None
+        else jax.device_put(source[1], sharding.shardings(source[0].param_specs(), mesh, rules)),
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(step_lib.make_eval_step(loss)),
+        eval_step=jax.jit(step_lib.make_eval_step(eval_loss)),
     )
 
 
-def _model(config: dict[str, Any]) -> Model:
+def _initial_params(plain: dict[str, Any], model: Model, source: start.Source) -> Tree:
+    """Parameters of config.initial as those of the model, with its adapters."""
+    key = jax.random.key(plain["seed"])
+    with config_lib.at("initial"):
+        params = carry_over(source[0].config, source[1], model.config, key)
+    return start.with_adapters(params, model, plain, key)
+
+
+def _restore(config: dict[str, Any], workdir: pathlib.Path, *, mesh: Mesh, rules: Rules) -> start.Source:
+    """Model and parameters (with adapters merged) of the checkpoint of another run that its config names."""
+    program = assemble(config, mesh, rules)
+    metric = data_lib.metrics(config)[0]
+    checkpoints = Checkpoints(workdir / "checkpoints", metric=metric, read_only=True)
+    state = checkpoints.restore(program.abstract, step=checkpoints.find(config["evaluate"]["checkpoint"]))
+    checkpoints.close()
+    return program.model, lora.merge(evaluation_params(state))
+
+
+def _losses(
+    plain: dict[str, Any], model: Model, initial, restore
+) -> tuple[step_lib.Loss, step_lib.Loss, start.Source | None]:
+    """Losses of training and evaluation, and the teacher or None."""
+    name, implementation = plain["objective"]["name"], plain["implementation"]
+    objective, teacher = _objective(plain), plain["teacher"]["name"]
+    if name not in distillation.DISTILLATION:
+        if teacher != start.NONE["teacher"]:
+            raise config_lib.ConfigError(
+                f"config.teacher={teacher!r} needs a config.objective with a teacher: {distillation.DISTILLATION}"
+            )
+        loss = step_lib.language_model_loss(model, objective, implementation)
+        return loss, loss, None
+    if teacher == start.NONE["teacher"]:
+        raise config_lib.ConfigError(f"config.objective={name!r} needs config.teacher: initial, run or hf")
+    source = initial() if teacher == start.AS_INITIAL else start.read(plain, "teacher", restore)
+    if name == distillation.LOGITS:
+        loss = distillation.logit_loss(model, source[0], objective, implementation)
+    else:
+        length = plain["sequence_length"]
+        loss = distillation.attention_loss(model, source[0], objective, length, implementation)
+    judged = step_lib.language_model_loss(model, objectives.create("cross_entropy"), implementation)
+    return loss, judged, source
+
+
+def _from_initial(config: dict[str, Any]) -> bool:
+    """Whether the model is a conversion of that of config.initial, whatever it is."""
+    model = config["model"]
+    return model.get("name") == conversion.FAMILY and model.get("base") is None
+
+
+def _model(config: dict[str, Any], initial: Callable[[], start.Source] | None = None) -> Model:
     with config_lib.at("model"):
         name, given = config_lib.options(config["model"])
-        return create(name, **given)
+        if not _from_initial(config):
+            return create(name, **given)
+        if initial is None or config["initial"]["name"] == start.NONE["initial"]:
+            raise ValueError("'converted' needs base, or config.initial with a model to convert")
+        source, vocab_size = initial()[0], given.pop("vocab_size")
+        if source.config.vocab_size < vocab_size:
+            raise ValueError(
+                f"config.initial has vocab_size={source.config.vocab_size}, smaller than the data's {vocab_size}"
+            )
+        check_keys("'converted' without base", given, start.CONVERSION)
+        overrides = {name: given.pop(name) for name in conversion.OVERRIDES if name in given}
+        given["base_options"] = {"param_dtype": "float32", **given.get("base_options", {}), **overrides}
+        return conversion.converted_model(source, **given)
 
 
 def _objective(config: dict[str, Any]) -> objectives.Objective:
     with config_lib.at("objective"):
         name, given = config_lib.options(config["objective"])
+        if name == distillation.ATTENTION:
+            check_keys(f"objective {name!r}", given, distillation.ATTENTION_OPTIONS)
         return objectives.create(name, **given)

@@ -18,7 +18,7 @@ from zoo.core.sharding import Rules, constrain, shardings
 from zoo.models import Model
 
 Batch = dict[str, jax.Array]
-Loss = Callable[[Tree, Batch, jax.Array], LossOutput]
+Loss = Callable[..., LossOutput]  # (params, batch, key), and a teacher's parameters where there is one
 
 
 @flax.struct.dataclass
@@ -40,28 +40,59 @@ class TrainState:
     rng: Any
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, *, seed: int, ema: bool) -> TrainState:
-    """The state of step 0. Traceable: jit it with `state_shardings`."""
+def init_state(
+    specs: Tree,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema: bool,
+    trainable: Tree | None = None,
+    params: Tree | None = None,
+) -> TrainState:
+    """The state of step 0. Traceable: jit it with `state_shardings`.
+
+    Args:
+      specs: of the parameters.
+      optimizer: of those that are trained.
+      seed: of the run.
+      ema: whether to keep a moving average.
+      trainable: boolean tree of the parameters that the optimiser sees; None = all.
+      params: None = drawn anew.
+    """
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    params = params_lib.initialise(model.param_specs(), init_key)
+    params = params_lib.initialise(specs, init_key) if params is None else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(_trained(params, trainable)),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         rng=jax.random.key_data(run_key),
     )
 
 
+def _trained(params: Tree, trainable: Tree | None) -> Tree:
+    return params if trainable is None else params_lib.partition(params, trainable)[0]
+
+
 def state_shardings(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules, *, ema: bool
+    specs: Tree,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Rules,
+    *,
+    ema: bool,
+    trainable: Tree | None = None,
 ) -> TrainState:
     """Shardings of a TrainState: the optimiser's moments lie like their parameters, all else is replicated."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    of_params = shardings(model.param_specs(), mesh, rules)
-    opt_state = jax.eval_shape(optimizer.init, params_lib.abstract(model.param_specs()))
+    of_params = shardings(specs, mesh, rules)
+    opt_state = jax.eval_shape(optimizer.init, _trained(params_lib.abstract(specs), trainable))
     of_opt = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, opt_state, of_params, transform_non_params=lambda _: replicated
+        optimizer,
+        lambda _, s: s,
+        opt_state,
+        _trained(of_params, trainable),
+        transform_non_params=lambda _: replicated,
     )
     return TrainState(replicated, of_params, of_opt, of_params if ema else None, replicated)
 
@@ -121,22 +152,34 @@ def make_train_step(
     *,
     accumulation: int = 1,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch) -> (state, metrics)`; jit it with the state donated.
+    trainable: Tree | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch, teacher=None) -> (state, metrics)`; jit it with the state donated.
+
+    Only what `trainable` selects has gradients, moments and updates; None = everything. `teacher` holds the parameters
+    of another model, for losses that take them.
 
     The loss is loss_sum / weight over the whole batch: dividing once makes any number of microbatches or devices equal
     to one. When loss, gradient norm or the new parameters' norm is not finite the state comes back unchanged and
     metrics["finite"] is False.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Batch, teacher: Tree = None) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        output, grads = summed_gradients(loss, state.params, batch, key, accumulation)
+        trained, frozen = (state.params, None) if trainable is None else params_lib.partition(state.params, trainable)
+
+        def whole(trained: Tree) -> Tree:
+            return trained if frozen is None else params_lib.combine(trained, frozen)
+
+        def loss_of_trained(trained: Tree, batch: Batch, key: jax.Array) -> LossOutput:
+            return loss(whole(trained), batch, key, *(() if teacher is None else (teacher,)))
+
+        output, grads = summed_gradients(loss_of_trained, trained, batch, key, accumulation)
         weight = jnp.where(output.weight > 0, output.weight, 1.0)  # a batch of padding changes nothing but decay
-        grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, state.params)
+        grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, trained)
         grad_norm = optax.tree_utils.tree_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = whole(optax.apply_updates(trained, updates))
         param_norm = optax.tree_utils.tree_norm(params)
         mean = output.loss_sum / weight
         finite = jnp.isfinite(mean) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)

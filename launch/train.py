@@ -141,7 +141,7 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
                 )
             # Nothing but the batch goes to the devices, and nothing comes back before the metrics are read.
             with run.active(), jax.transfer_guard("disallow"):
-                state, metrics = run.train_step(state, run.place(batch))
+                state, metrics = run.train_step(state, run.place(batch), run.teacher)
             step += 1
             pending.add(step, batch, metrics)
 

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from objectives.output import LossOutput
+from objectives.registry import OBJECTIVES
 
 EPS = 1e-12
 
 
+@OBJECTIVES.register("attention_distillation")
 def attention_distillation(
     q: jax.Array,
     k: jax.Array,

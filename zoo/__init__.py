@@ -2,12 +2,13 @@
 
 from zoo.core import SeqContext, Spec, linear
 from zoo.interop import from_hf, to_hf
-from zoo.models import Model, create, describe, list_models, unroll
+from zoo.models import Model, convert, create, describe, list_models, unroll
 
 __all__ = [
     "Model",
     "SeqContext",
     "Spec",
+    "convert",
     "create",
     "describe",
     "from_hf",

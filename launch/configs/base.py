@@ -1,7 +1,8 @@
 """Defaults of every key that all runs share. Other configs start from here.
 
-`model`, `objective`, `optimizer`, `optimizer.schedule`, `data.source`, `data.tokenizer` and `rules.overrides` take the
-options of whatever their `name` names; every other key must be one of these.
+`model`, `initial`, `teacher`, `adapter`, `objective`, `optimizer`, `optimizer.schedule`, `data.source`,
+`data.tokenizer` and `rules.overrides` take the options of whatever their `name` names; every other key must be one of
+these.
 """
 
 from typing import Any
@@ -24,6 +25,15 @@ def get_config() -> Any:
 
     # vocab_size: None = the tokenizer's. dtype is the compute dtype; parameters stay float32.
     config.model = {"name": "samba-tiny", "vocab_size": config_dict.placeholder(int), "dtype": "float32"}
+    # Parameters of step 0: "random"; "run", those of another run's `workdir` (and `checkpoint`: best, last or a step);
+    # "hf", of a Hugging Face `folder`. Where the model is converted from that one, so are they.
+    config.initial = {"name": "random"}
+    # Of a distillation: "none"; "initial", the model of config.initial as it is there; "run" or "hf", as above.
+    config.teacher = {"name": "none"}
+    config.adapter = {"name": "none"}  # or "lora" with pattern (globs over parameter paths), rank, alpha
+    # Globs over parameter paths: what matches one of trainable and none of frozen is trained, the rest stays.
+    config.trainable = ("*",)
+    config.frozen = ()
     config.objective = {"name": "cross_entropy"}
     config.optimizer = {
         "name": "adamw",

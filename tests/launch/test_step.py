@@ -48,7 +48,7 @@ def sgd_step(accumulation, learning_rate=1.0, ema_decay=0.0):
     function = step.make_train_step(
         loss, transformation, lambda _: learning_rate, accumulation=accumulation, ema_decay=ema_decay
     )
-    init = functools.partial(step.init_state, zoo_model, transformation, seed=0, ema=ema_decay > 0)
+    init = functools.partial(step.init_state, zoo_model.param_specs(), transformation, seed=0, ema=ema_decay > 0)
     return jax.jit(function), jax.jit(init)()
 
 

@@ -245,6 +245,39 @@ def mamba2(config, params, x):
     return np.stack(out)
 
 
+def mamba2_attention(config, params, x):
+    taps, repeats, past = config.conv_width, config.heads // config.kv_heads, []
+    s = np.zeros((config.heads, config.head_width, config.head_width))
+    out = []
+    for token in x:
+        now = {name: np.einsum("d,dhk->hk", token, params[name]) for name in "qkv"}
+        if config.qkv_bias:
+            now = {name: heads + params[f"{name}_bias"] for name, heads in now.items()}
+        past.append(now)
+        dt = softplus(token @ params["dt"] + params["dt_bias"])
+        y = params["o_bias"] if config.out_bias else np.zeros(len(token))
+        for h in range(config.heads):
+            group = h // repeats
+            # Which head of the projection, and which of the group's filters.
+            places = {"q": (h, h % repeats), "k": (group, repeats), "v": (group, repeats + 1)}
+            mixed = {}
+            for name, (head, place) in places.items():
+                mixed[name] = now[name][head]
+                if taps is not None:
+                    filters = params["conv"][:, group, place]
+                    sums = sum(
+                        filters[taps - 1 - lag] * row[name][head] for lag, row in enumerate(past[: -taps - 1 : -1])
+                    )
+                    mixed[name] = silu(sums + params["conv_bias"][group, place])
+            s[h] = np.exp(-dt[h] * np.exp(params["A_log"][h])) * s[h] + dt[h] * np.outer(mixed["v"], mixed["k"])
+            head = (s[h] @ mixed["q"] + params["D"][h] * mixed["v"]) * silu(token @ params["z"][:, h])
+            if config.norm is not None:
+                head = normalise(config.norm, {"scale": params["norm"]["scale"][h]}, head)
+            y = y + head @ params["o"][h]
+        out.append(y)
+    return np.stack(out)
+
+
 def mlp(config, params, x):
     act, bias = ACTIVATIONS[config.activation], (lambda name: params[f"{name}_bias"] if config.bias else 0.0)
     out = []

@@ -19,6 +19,8 @@ WITHOUT_CLASS = (
     "based",
     "lstm",
     "hybrid",
+    "mamba-in-llama",
+    "hedgehog",
 )
 OF_ANOTHER_LIBRARY = ("gla", "retnet", "hgrn")  # their published figures are its classes' counts
 

@@ -11,6 +11,7 @@ from zoo.mixers import (
     lstm,
     mamba,
     mamba2,
+    mamba2_attention,
     mlgru,
     mlp,
     mlstm,
@@ -30,6 +31,7 @@ from zoo.mixers.hgrn2 import HGRN2
 from zoo.mixers.lstm import LSTM
 from zoo.mixers.mamba import Mamba
 from zoo.mixers.mamba2 import Mamba2
+from zoo.mixers.mamba2_attention import Mamba2Attention
 from zoo.mixers.mlgru import MLGRU
 from zoo.mixers.mlp import MLP
 from zoo.mixers.mlstm import MLSTM
@@ -58,6 +60,7 @@ __all__ = [
     "MLSTMBlock",
     "Mamba",
     "Mamba2",
+    "Mamba2Attention",
     "MixerType",
     "QKNorm",
     "TaylorAttention",
@@ -72,6 +75,7 @@ __all__ = [
     "lstm",
     "mamba",
     "mamba2",
+    "mamba2_attention",
     "mixer_of",
     "mlgru",
     "mlp",

@@ -89,7 +89,7 @@ def state_specs(config: Hedgehog, batch_size: int, max_length: int, dtype: DType
     return HedgehogState(sums=Spec(shape, ("batch", "heads", "feature", "value")))
 
 
-def _project(params: Tree, x: jax.Array, ctx: SeqContext, config: Hedgehog) -> tuple[jax.Array, ...]:
+def project(params: Tree, x: jax.Array, ctx: SeqContext, config: Hedgehog) -> tuple[jax.Array, ...]:
     """q, k and v [B, T, H, K]; k and v repeated for the heads that share them."""
     repeats = config.heads // config.kv_heads
 
@@ -130,7 +130,7 @@ def mix(
     valid = ctx.valid
     if valid is not None:
         x = jnp.where(valid[..., None], x, 0)
-    q, k, v = _project(params, x, ctx, config)
+    q, k, v = project(params, x, ctx, config)
     # The floor of a feature is below what float16 can hold: float32 in its place.
     dtype = jnp.promote_types(x.dtype, jnp.bfloat16)
     phi_q = feature_maps.apply(params["q_map"], q, config=config.feature_map).astype(dtype)

@@ -104,7 +104,7 @@ class Mamba2State:
     ssm: Any
 
 
-def _a_log_init(low: float, high: float):
+def a_log_init(low: float, high: float):
     """log(uniform(low, high))."""
 
     def init(key, shape, dtype=jnp.float32):
@@ -136,7 +136,7 @@ def param_specs(config: Mamba2, width: int) -> Tree:
         "dt_bias": Spec(
             (heads,), ("heads",), dt_bias_init(config.dt_min, config.dt_max, config.dt_floor), tags=NO_DECAY
         ),
-        "A_log": Spec((heads,), ("heads",), _a_log_init(config.a_min, config.a_max), tags=NO_DECAY),
+        "A_log": Spec((heads,), ("heads",), a_log_init(config.a_min, config.a_max), tags=NO_DECAY),
         "D": Spec(
             (heads, config.head_width) if per_channel else (heads,),
             ("heads", "value") if per_channel else ("heads",),

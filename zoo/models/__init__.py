@@ -2,6 +2,7 @@
 
 from zoo.models import (
     based,
+    conversion,
     dense,
     gated_linear_attention,
     hgrn,
@@ -16,6 +17,7 @@ from zoo.models import (
     xlstm,
     zamba,
 )
+from zoo.models.conversion import carry_over, convert, converted_model
 from zoo.models.echo import echo_embedding
 from zoo.models.language_model import LanguageModelConfig, Sublayer, unroll
 from zoo.models.model import FAMILIES, PRESETS, Model, create, describe, list_models
@@ -27,6 +29,10 @@ __all__ = [
     "Model",
     "Sublayer",
     "based",
+    "carry_over",
+    "conversion",
+    "convert",
+    "converted_model",
     "create",
     "dense",
     "describe",

@@ -84,10 +84,10 @@ def _mixer(name: str, options: Mapping[str, Any], scales: Mapping[str, float]) -
     config_type = MIXERS.get(name.partition(":")[0]).config_type
     fields = {field.name for field in dataclasses.fields(config_type)}
     defaults = {option: scale for option, scale in scales.items() if option in fields}
-    return _build(f"hybrid: mixers[{name!r}]", config_type, {**defaults, **options})
+    return build(f"hybrid: mixers[{name!r}]", config_type, {**defaults, **options})
 
 
-def _build(what: str, config_type: type, options: Mapping[str, Any]) -> Any:
+def build(what: str, config_type: type, options: Mapping[str, Any]) -> Any:
     """config_type(**options), with mappings for the fields that are configs themselves."""
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     check_keys(what, options, fields)
@@ -118,7 +118,7 @@ def _value(what: str, hint: Any, value: Any) -> Any:
     name = options.pop("type", None) if len(configs) > 1 else next(iter(configs))
     if name not in configs:
         raise ValueError(f"{what}['type']={name!r} is not supported; {nearest(str(name), configs)}")
-    return _build(what, configs[name], options)
+    return build(what, configs[name], options)
 
 
 preset(

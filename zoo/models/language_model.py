@@ -162,7 +162,7 @@ class LanguageModelState:
 @flax.struct.dataclass
 class LanguageModelOutput:
     """Attributes: logits float32[B, T, Z] ([B, 1, Z] for "last", None for "none"); state after the last token; aux,
-    {"hidden": [B, T, D] after the final norm}."""
+    {"hidden": [B, T, D] after the final norm, "inputs": of every mixer, where asked for}."""
 
     logits: Any
     state: Any
@@ -269,13 +269,14 @@ def unroll(tree: Tree, config: LanguageModelConfig) -> Tree:
 
 
 def _sublayer(params, x, aside, embedding, ctx, state, *, sub: Sublayer, config: LanguageModelConfig, implementation):
-    """(x, what the next sublayer reads beside it or None, new state) after one sublayer."""
+    """(x, what the next sublayer reads beside it or None, new state, what its mixer read) after one sublayer."""
     h = x if aside is None else x + aside
     if sub.reads_embedding:
         h = jnp.concatenate([h, embedding], axis=-1)
     h = h if sub.norm is None else norm.apply(params.get("norm", {}), h, config=sub.norm)
+    h = h.astype(config.dtype)
     y, new_state = mixer_of(sub.mixer).mix(
-        params["mixer"], h.astype(config.dtype), ctx, state, config=sub.mixer, implementation=implementation
+        params["mixer"], h, ctx, state, config=sub.mixer, implementation=implementation
     )
     if y.shape != x.shape:
         raise ValueError(f"{mixer_of(sub.mixer).name} gives {y.shape[-1]} channels, the model has width {config.width}")
@@ -284,8 +285,8 @@ def _sublayer(params, x, aside, embedding, ctx, state, *, sub: Sublayer, config:
     y = y.astype(x.dtype)
     y = y if config.residual_scale == 1.0 else y * config.residual_scale
     if sub.aside:
-        return x, constrain(y, "batch", "time", "embed"), new_state
-    return constrain(x + y, "batch", "time", "embed"), None, new_state
+        return x, constrain(y, "batch", "time", "embed"), new_state, h
+    return constrain(x + y, "batch", "time", "embed"), None, new_state, h
 
 
 def _across_layers(layers: Any, config: LanguageModelConfig) -> Any:
@@ -305,19 +306,19 @@ def _across_layers(layers: Any, config: LanguageModelConfig) -> Any:
     return layers
 
 
-def _run_layers(params, x, ctx, state, config, implementation):
-    """x after all stages, and {stage: new state}."""
+def _run_layers(params, x, ctx, state, config, implementation, inputs):
+    """x after all stages, {stage: new state} and, where `inputs`, {stage: {sublayer: what its mixer read}}."""
     embedding, shared = x, params.get("shared", {})
 
     def stage_of(sublayers: dict[str, Sublayer], scanned: bool):
         def run(x, layer):
-            (layer_params, layer_state), aside, new = layer, None, {}
+            (layer_params, layer_state), aside, new, read = layer, None, {}, {}
             for name, sub in sublayers.items():
                 own = _join(layer_params.get(name, {}), None if sub.share is None else shared[sub.share])
                 sub_state = None if layer_state is None else layer_state[name]
                 options = {"sub": sub, "config": config, "implementation": implementation}
-                x, aside, new[name] = _sublayer(own, x, aside, embedding, ctx, sub_state, **options)
-            return x, new
+                x, aside, new[name], read[name] = _sublayer(own, x, aside, embedding, ctx, sub_state, **options)
+            return x, (new, read if inputs else {})
 
         if config.remat == "none":
             return run
@@ -325,25 +326,26 @@ def _run_layers(params, x, ctx, state, config, implementation):
         return jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=not scanned)
 
     new_states: dict[str, Any] = {}
+    reads: dict[str, Any] = {}
     for stage, sublayers in config.stages().items():
         layers = params[stage]
         run = stage_of(sublayers, scanned=stage == LAYERS and not isinstance(layers, tuple))
         carried = None if state is None else getattr(state, stage)
         if stage != LAYERS:
-            x, new_states[stage] = run(x, (layers, carried))
+            x, (new_states[stage], reads[stage]) = run(x, (layers, carried))
             continue
         layers = _across_layers(layers, config)
         if not isinstance(layers, tuple):
-            x, new_states[stage] = jax.lax.scan(run, x, (layers, carried), length=config.repeats)
+            x, (new_states[stage], reads[stage]) = jax.lax.scan(run, x, (layers, carried), length=config.repeats)
             continue
         if carried is not None and not isinstance(carried, tuple):
             raise ValueError("unrolled parameters need an unrolled state: zoo.unroll(state, model.config)")
         new = []
         for i, layer_params in enumerate(layers):
-            x, new_state = run(x, (layer_params, None if carried is None else carried[i]))
-            new.append(new_state)
-        new_states[stage] = tuple(new)
-    return x, new_states
+            x, results = run(x, (layer_params, None if carried is None else carried[i]))
+            new.append(results)
+        new_states[stage], reads[stage] = zip(*new, strict=True)
+    return x, new_states, reads
 
 
 def head(
@@ -373,6 +375,7 @@ def apply(
     ctx: SeqContext | None = None,
     state: LanguageModelState | None = None,
     logits: str = "all",
+    inputs: bool = False,
     implementation: str | None = None,
 ) -> LanguageModelOutput:
     """The model on T more tokens of each row; training, prefill and decode alike.
@@ -385,6 +388,7 @@ def apply(
       state: from `init_state` or an earlier call; None = fresh rows. Attention without a window then returns a state
         that is full: to go on, start from `init_state`.
       logits: "all" positions, only the "last" token that is not padding of each row, or "none".
+      inputs: aux also holds "inputs", what every mixer reads: [B, T, D] by stage and sublayer, as in the parameters.
       implementation: of every op inside; None = the platform's.
 
     Returns:
@@ -413,7 +417,7 @@ def apply(
     if config.embedding_scale != 1.0:
         x = x * config.embedding_scale
     x = constrain(x, "batch", "time", "embed")
-    x, stages = _run_layers(params, x, ctx, state, config, implementation)
+    x, stages, reads = _run_layers(params, x, ctx, state, config, implementation, inputs)
     if config.final_norm is not None:
         x = norm.apply(params.get("final_norm", {}), x, config=config.final_norm)
     hidden = x.astype(config.dtype)
@@ -424,7 +428,7 @@ def apply(
     return LanguageModelOutput(
         logits=None if logits == "none" else head(params, read, config=config, implementation=implementation),
         state=LanguageModelState(next_position=next_positions(ctx, start), **stages),
-        aux={"hidden": hidden},
+        aux={"hidden": hidden, **({"inputs": reads} if inputs else {})},
     )
 
 

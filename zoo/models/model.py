@@ -94,6 +94,7 @@ class Model:
         ctx: SeqContext | None = None,
         state: LanguageModelState | None = None,
         logits: str = "all",
+        inputs: bool = False,
         implementation: str | None = None,
     ) -> LanguageModelOutput:
         """The model on tokens int[B, T]; see `language_model.apply`."""
@@ -104,6 +105,7 @@ class Model:
             ctx=ctx,
             state=state,
             logits=logits,
+            inputs=inputs,
             implementation=implementation,
         )
 
