@@ -39,7 +39,7 @@ STEPS = 64  # tokens that `positions` decodes
 POSITIONS = (1 << 10, 1 << 14, 1 << 18)
 LENGTHS = (1 << 11, 1 << 13, 1 << 15)
 
-Seconds = tuple[float, float]  # of the wall clock, and of the CPU in all threads
+Seconds = tuple[float, ...]  # of the wall clock, and of the CPU in all threads
 
 
 def tokens_of(model: Model, shape: tuple[int, int]) -> np.ndarray:
