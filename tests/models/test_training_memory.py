@@ -94,7 +94,7 @@ ONCE = {
 }
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_of_a_pattern_that_comes_once(remat):
     """The same gradient, from what the forward pass leaves to it: inputs of the sublayers, and at most the products."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 9)), jnp.int32)
