@@ -4,6 +4,7 @@ Suites (config.benchmark.suites):
   mamba-130m, llama-135m: prefill, decode and train step against transformers on torch, with the same weights and two
     threads on each side, each in a process of its own as its users run it.
   samba: samba-tiny against its transformer twin, prefill and decode per token and memory, over lengths.
+  training, positions, memory: the tiny presets (launch/benchmark_models.py); by name alone.
   ops: every op of pallas_kernels against what it has to beat (launch/benchmark_ops.py); by name alone.
 
 Every number is a median over two rounds of `repeats` calls after a warm-up; ratio > 1 means that ours is better.
@@ -12,6 +13,7 @@ config.benchmark.record names a Markdown page to which the table is appended.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -26,25 +28,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 import zoo
-from launch import benchmark_ops, benchmark_table
+from launch import benchmark_models, benchmark_ops, benchmark_table
+from launch.benchmark_models import THREADS, TRAIN_SHAPE, decoder, tokens_of, trainer
 from launch.benchmark_table import Row
 from launch.config import ConfigError, check, write_json
 from launch.peer import Peer
 from launch.plots import plot_lengths
-from objectives.language_model import cross_entropy
 from zoo.core.params import Tree, count, nbytes
 from zoo.core.registry import nearest
-from zoo.decoding import prepare
 from zoo.models import Model, create
 
-THREADS = 2
+Suite = Callable[[Any, pathlib.Path, int], list[Row]]
+
 PREFILL_LENGTH = 1024
 PROMPT, DECODE_TOKENS = 128, 32
-TRAIN_SHAPE = (2, 128)  # rows, tokens; torch loops over time, and its graph grows with it
 
 
 def run(config: Any, workdir: pathlib.Path) -> None:
@@ -122,13 +121,10 @@ def median_seconds(
     return [statistics.median(times) for times in seconds]
 
 
-def against_transformers(name: str, preset: str) -> Callable[..., list[Row]]:
+def against_transformers(name: str, preset: str) -> Suite:
     """A suite: `preset` against the transformers class of the same weights."""
 
     def suite(config: Any, workdir: pathlib.Path, repeats: int) -> list[Row]:
-        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ConfigError(f"suite {name!r} needs {' and '.join(missing)}: pip install -e '.[dev]'")
         model = create(preset)
         params = model.init(jax.random.key(config.seed))
         rows = []
@@ -146,16 +142,25 @@ def against_transformers(name: str, preset: str) -> Callable[..., list[Row]]:
                     gc.collect()
         return rows
 
-    return suite
+    return needs_transformers(name, suite)
 
 
-def _tokens(model: Model, shape: tuple[int, int]) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, model.config.vocab_size, shape, dtype=np.int32)
+def needs_transformers(name: str, suite: Suite) -> Suite:
+    """The suite, with a ConfigError first where torch or transformers is missing."""
+
+    @functools.wraps(suite)
+    def checked(config: Any, workdir: pathlib.Path, repeats: int) -> list[Row]:
+        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(f"suite {name!r} needs {' and '.join(missing)}: pip install -e '.[dev]'")
+        return suite(config, workdir, repeats)
+
+    return checked
 
 
 def _prefill(model: Model, params: Tree, length: int = PREFILL_LENGTH) -> Callable[[], Any]:
     """State and next-token logits after a prompt."""
-    state, tokens = model.init_state(1, length), _tokens(model, (1, length))
+    state, tokens = model.init_state(1, length), tokens_of(model, (1, length))
     call = jax.jit(lambda p, t, s: model.apply(p, t, state=s, logits="last"))
 
     def side():
@@ -165,55 +170,12 @@ def _prefill(model: Model, params: Tree, length: int = PREFILL_LENGTH) -> Callab
     return side
 
 
-def decoder(model: Model, params: Tree, prompt: int, steps: int, max_length: int) -> Callable[[], Any]:
-    """Greedy decoding of `steps` tokens after `prompt` ones, in one program, the state kept between calls' starts."""
-    ready = prepare(model, params)
-    state = model.init_state(1, max_length)
-    out = jax.jit(lambda p, t, s: model.apply(p, t, state=s, logits="last"))(params, _tokens(model, (1, prompt)), state)
-    unrolled = isinstance(ready["layers"], tuple)
-    state = jax.block_until_ready(zoo.unroll(out.state, model.config) if unrolled else out.state)
-
-    @jax.jit
-    def loop(params, state, token):
-        def step(_, carry):
-            state, token = carry
-            out = model.apply(params, token, state=state, logits="last")
-            return out.state, jnp.argmax(out.logits[:, 0], axis=-1)[:, None].astype(jnp.int32)
-
-        return jax.lax.fori_loop(0, steps, step, (state, token))
-
-    first = jnp.zeros((1, 1), jnp.int32)
-    return lambda: jax.block_until_ready(loop(ready, state, first)[1])
-
-
 def _decode(model: Model, params: Tree) -> Callable[[], Any]:
     return decoder(model, params, PROMPT, DECODE_TOKENS, PROMPT + DECODE_TOKENS)
 
 
 def _train(model: Model, params: Tree) -> Callable[[], Any]:
-    """Forward, backward and AdamW in one jitted step; the weights are copies."""
-    optimizer = optax.adamw(1e-5)
-    held = [jax.tree.map(jnp.copy, params)]
-    held.append(optimizer.init(held[0]))
-    tokens = _tokens(model, TRAIN_SHAPE)
-    targets, mask = np.roll(tokens, -1, axis=1), np.ones(TRAIN_SHAPE, np.float32)
-    mask[:, -1] = 0  # the last token has no next one
-
-    def step(params, opt_state, tokens):
-        def loss(params):
-            output = cross_entropy(model.apply(params, tokens).logits, targets, mask)
-            return output.loss_sum / output.weight
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
-
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-
-    def side():
-        held[0], held[1], _ = jax.block_until_ready(jitted(held[0], held[1], tokens))
-
-    return side
+    return trainer(model, params, TRAIN_SHAPE)
 
 
 def samba_against_twin(config: Any, workdir: pathlib.Path, repeats: int) -> list[Row]:
@@ -262,9 +224,12 @@ def ops(config: Any, workdir: pathlib.Path, repeats: int) -> list[Row]:
     return benchmark_ops.measure(cases, jax.default_backend(), medians, threads=THREADS)
 
 
-SUITES: dict[str, Callable[..., list[Row]]] = {
+SUITES: dict[str, Suite] = {
     "mamba-130m": against_transformers("mamba-130m", "mamba-130m"),
     "llama-135m": against_transformers("llama-135m", "llama-135m"),
     "samba": samba_against_twin,
+    "training": needs_transformers("training", benchmark_models.training),
+    "positions": benchmark_models.positions,
+    "memory": benchmark_models.memory,
     "ops": ops,
 }

@@ -129,6 +129,8 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 def check_resume(path: pathlib.Path, config: Mapping[str, Any], fingerprint: str) -> None:
     """Refuses to go on with a run whose model, data or optimisation was another one.
 
+    A key that the run does not know, as it is older than the key, counts as having been at its default.
+
     Args:
       path: config.json of the run.
       config: resolved config, plain dicts.
@@ -138,7 +140,9 @@ def check_resume(path: pathlib.Path, config: Mapping[str, Any], fingerprint: str
       ConfigError: names every key that differs, with both values.
     """
     saved = json.loads(path.read_text())
-    old, new = flatten(saved["config"]), flatten(to_dict(config))
+    defaults, old, new = (flatten(c) for c in (to_dict(base.get_config()), saved["config"], to_dict(config)))
+    sections = {key.split(".")[0] for key in old}
+    old = {key: value for key, value in defaults.items() if key.split(".")[0] not in sections} | old
     old["data fingerprint"], new["data fingerprint"] = saved["data_fingerprint"], fingerprint
     allowed = re.compile("|".join(rf"{re.escape(key)}(\.|$)" for key in MAY_CHANGE))
     differing = [

@@ -3,7 +3,7 @@
     python -m launch.peer FOLDER THREADS DECODE_TOKENS
 
 Answers each line of standard input with one line: "prefill 1024", "decode 128" and "train 2 128" (rows, tokens) run
-once and print the seconds they took.
+once and print the seconds they took by the wall clock, and those of the CPU in all threads.
 """
 
 import contextlib
@@ -48,8 +48,12 @@ class Peer:
         return answer
 
     def side(self, line: str) -> Callable[[], float]:
-        """A function that has the peer run `line` once and returns the seconds it answers."""
-        return lambda: float(self.ask(line))
+        """A function that has the peer run `line` once and returns the seconds of the wall clock that it answers."""
+        return lambda: self.seconds(line)[0]
+
+    def seconds(self, line: str) -> tuple[float, ...]:
+        """The numbers of the answer: seconds of the wall clock and, from this module's program, of the CPU."""
+        return tuple(map(float, self.ask(line).split()))
 
     def __enter__(self) -> "Peer":
         return self
@@ -119,9 +123,9 @@ def main(folder: str, threads: int, decode_tokens: int) -> None:
         if line not in sides:
             make = {"prefill": _prefill, "decode": lambda m, n: _decode(m, n, decode_tokens), "train": _train}[kind]
             sides[line] = make(model, *map(int, sizes))
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         sides[line]()
-        print(time.perf_counter() - start, flush=True)
+        print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
 
 
 if __name__ == "__main__":

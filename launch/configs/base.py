@@ -71,12 +71,14 @@ def get_config() -> Any:
         str
     )  # of mode=compile: "v5p:8x8x8", "v5e:16x16", ...; None = this machine
     # suites: of launch/benchmark.py. lengths: of the samba suite; op_lengths: of ops, on a CPU.
+    # models: tiny presets of training, positions and memory; () = all.
     # record: a Markdown page to append the table to, such as docs/measurements.md; "" = none.
     config.benchmark = {
         "suites": ("mamba-130m", "llama-135m", "samba"),
         "repeats": 3,
         "lengths": (1024, 4096, 16384, 65536),
         "op_lengths": (256, 1024),
+        "models": (),
         "record": "",
     }
     return config

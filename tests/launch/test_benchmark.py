@@ -1,15 +1,19 @@
 """mode=benchmark: the table is whole; the numbers are not tested."""
 
 import json
+import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from launch import benchmark, benchmark_ops, benchmark_table, main
+from launch import benchmark, benchmark_models, benchmark_ops, benchmark_table, main
 from launch.benchmark_table import Row
 from launch.config import ConfigError
 from launch.configs import benchmark as config_file
 from pallas_kernels.static_profile import programs
+from zoo.core.params import abstract
+from zoo.models import Model
 
 
 def test_samba_and_its_twin(tmp_path, monkeypatch, capsys):
@@ -27,6 +31,69 @@ def test_samba_and_its_twin(tmp_path, monkeypatch, capsys):
     assert state[1]["peer"] > 1.9 * state[0]["peer"]
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
     assert "samba-tiny, 256" in capsys.readouterr().out
+
+
+def zeros(model, key):
+    """Parameters without a compilation."""
+    del key
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract(model.param_specs()))
+
+
+def test_positions_and_memory_of_a_recurrent_preset(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "limit_threads", lambda: None)
+    monkeypatch.setattr(benchmark_models, "STEPS", 2)
+    monkeypatch.setattr(benchmark_models, "POSITIONS", (4, 1 << 18))
+    monkeypatch.setattr(benchmark_models, "LENGTHS", (32,))
+    monkeypatch.setattr(Model, "init", zeros)
+    config = config_file.get_config()
+    config.benchmark.update(suites=("positions", "memory"), repeats=1, models=("hgrn-tiny",))
+    main.dispatch(config, tmp_path)
+    rows = {row["metric"]: row for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]}
+    assert {row["name"] for row in rows.values()} == {"hgrn-tiny"}
+    for position in ("4", "262,144"):
+        assert rows[f"decode at position {position}, us/token"]["ours"] > 0
+        assert rows[f"decode at position {position}, CPU us/token"]["ours"] > 0
+    assert rows["state bytes at position 262,144"]["ratio"] == 1
+    assert rows["training memory of 32 tokens, bytes/token"]["ours"] > 0
+    config.benchmark.models = ("samba-tiny",)
+    with pytest.raises(ConfigError, match=r"config.benchmark.models: model='samba-tiny' is not supported"):
+        main.dispatch(config, tmp_path)
+
+
+def test_training_takes_turns_with_a_class_of_the_same_weights(tmp_path, monkeypatch):
+    order = []
+
+    class Peer:
+        def __init__(self, module, folder, *_, threads):
+            assert json.loads((pathlib.Path(folder) / "config.json").read_text())["model_type"] == "mamba"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            order.append("closed")
+
+        def seconds(self, line):
+            order.append(line)
+            return 2.0, 8.0
+
+    sides = {
+        "both_clocks": lambda side: side,
+        "trainer": lambda model, *_: lambda: order.append(model.name) or (0.5, 1.0),
+    }
+    for name, value in {"Peer": Peer, **sides}.items():
+        monkeypatch.setattr(benchmark_models, name, value)
+    monkeypatch.setattr(benchmark, "limit_threads", lambda: None)
+    monkeypatch.setattr(Model, "init", zeros)
+    config = config_file.get_config()
+    config.benchmark.update(suites=("training",), repeats=1, models=("mamba-tiny", "lstm-tiny", "gla-tiny"))
+    main.dispatch(config, tmp_path)
+    assert order == ["mamba-tiny", "train 2 128"] * 3 + ["closed"] + ["lstm-tiny"] * 3 + ["gla-tiny"] * 3
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [(row["ours"], row["peer"], row["ratio"]) for row in rows[:2]] == [(512, 128, 4), (256, 32, 8)]
+    assert {row["note"] for row in rows[2:4]} == {"transformers has no class for it"}
+    assert {row["note"] for row in rows[4:]} == {"gla is not in transformers"}
+    assert all(row["peer"] is None and row["ratio"] is None for row in rows[2:])
 
 
 def test_ops_recorded(tmp_path, monkeypatch):

@@ -107,6 +107,18 @@ def test_resume_may_change_where_and_how_long(tmp_path):
         config_lib.check_resume(path, resolve(other, 300), "g")
 
 
+def test_a_run_older_than_a_key_had_its_default(tmp_path):
+    path = tmp_path / "config.json"
+    config_lib.save(path, resolve(changed(), 300), data_fingerprint="f")
+    saved = json.loads(path.read_text())
+    for key in ("initial", "teacher", "trainable"):
+        del saved["config"][key]
+    path.write_text(json.dumps(saved))
+    config_lib.check_resume(path, resolve(changed(), 300), "f")
+    with pytest.raises(ConfigError, match=r"differing keys: trainable: \['\*'\] -> \['head'\]"):
+        config_lib.check_resume(path, resolve(changed(trainable=("head",)), 300), "f")
+
+
 def test_mesh_sizes():
     full = {"data": -1, "fsdp": 2, "context": 1, "tensor": 2, "expert": 1}
     assert mesh.resolve_axes(full, 8)["data"] == 2

@@ -1,5 +1,6 @@
 """The pattern-driven model over all tiny presets: forms that must agree, and what training relies on."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,12 +11,14 @@ import optax
 import pytest
 
 import zoo
+from launch.benchmark_models import recurrent
 from tests.trees import (
     FLOAT32_TOLERANCE,
     GRADIENT_TOLERANCE,
     ROUNDING_TOLERANCE,
     assert_close,
     assert_trees_close,
+    assert_trees_equal,
     fast_jit,
     redraw,
 )
@@ -91,6 +94,30 @@ def test_prefill_and_decode_equal_the_full_forward(name):
         assert_close(out.logits[:, 0], np.asarray(full.logits)[rows, lengths + step], tolerance, f"step {step}")
         state = out.state
     np.testing.assert_array_equal(state.next_position, lengths + 4)
+
+
+@pytest.mark.parametrize("name", recurrent())
+def test_decoding_costs_the_same_at_every_position(name):
+    """One program and one shape of the state from the first token to the 262,145th, which gets the same answer.
+
+    Only RetNet reads its position; a rotation turns query and key alike, so that a row's first token cannot tell.
+    """
+    model, run, token = model_of(name), run_of(name), tokens_of(18)[:, :1]
+    params, fresh = redraw(model.param_specs(), 19), model.init_state(2, LENGTH)
+    first = run(params, token, fresh)
+    programs = run._cache_size()
+    for position in (1 << 10, 1 << 14, 1 << 18):
+        assert model.state_specs(2, position) == model.state_specs(2, LENGTH)
+        out = run(params, token, dataclasses.replace(fresh, next_position=jnp.full((2,), position, jnp.int32)))
+        assert run._cache_size() == programs
+        shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) for state in (out.state, fresh)]
+        assert shapes[0] == shapes[1]
+        np.testing.assert_array_equal(out.state.next_position, position + 1)
+        if name == "retnet-tiny":
+            assert_close(out.logits, first.logits, MODEL_TOLERANCE, f"position {position}")
+            continue
+        moved = dataclasses.replace(out.state, next_position=first.state.next_position)
+        assert_trees_equal((out.logits, moved), (first.logits, first.state), f"position {position}")
 
 
 @pytest.mark.parametrize("name", ["samba-tiny", pytest.param("llama-tiny", marks=pytest.mark.slow)])

@@ -6,6 +6,7 @@ with the depth. Sublayers may share weights: those stand once in the tree, under
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -80,7 +81,8 @@ class LanguageModelConfig:
       embedding_init_std, head_init_std: standard deviations at initialisation.
       max_length: context the model is meant for; a default for states, no limit for recurrent models.
       dtype: compute dtype. param_dtype: storage. residual_dtype: of the residual stream.
-      remat: what the backward pass recomputes per repeat: "none", "dots" (all but matrix products), "full".
+      remat: what the backward pass recomputes, a repeat at a time (a sublayer at a time where nothing repeats): "none",
+        "dots" (all but matrix products), "full".
     """
 
     vocab_size: int
@@ -310,26 +312,34 @@ def _run_layers(params, x, ctx, state, config, implementation, inputs):
     """x after all stages, {stage: new state} and, where `inputs`, {stage: {sublayer: what its mixer read}}."""
     embedding, shared = x, params.get("shared", {})
 
-    def stage_of(sublayers: dict[str, Sublayer], scanned: bool):
+    def recomputed(function, in_loop: bool):
+        # Outside a loop, and in one of a single turn, XLA would find the recomputed values equal to the first ones, and
+        # keep those.
+        return jax.checkpoint(function, policy=REMAT[config.remat], prevent_cse=not in_loop)
+
+    def stage_of(sublayers: dict[str, Sublayer], once: bool, scanned: bool):
+        steps = {}
+        for name, sub in sublayers.items():
+            step = functools.partial(_sublayer, sub=sub, config=config, implementation=implementation)
+            # Recomputing all of what comes once would hold as much as keeping it does.
+            steps[name] = recomputed(step, in_loop=False) if once and config.remat != "none" else step
+
         def run(x, layer):
             (layer_params, layer_state), aside, new, read = layer, None, {}, {}
             for name, sub in sublayers.items():
                 own = _join(layer_params.get(name, {}), None if sub.share is None else shared[sub.share])
                 sub_state = None if layer_state is None else layer_state[name]
-                options = {"sub": sub, "config": config, "implementation": implementation}
-                x, aside, new[name], read[name] = _sublayer(own, x, aside, embedding, ctx, sub_state, **options)
+                x, aside, new[name], read[name] = steps[name](own, x, aside, embedding, ctx, sub_state)
             return x, (new, read if inputs else {})
 
-        if config.remat == "none":
-            return run
-        # Outside a loop XLA would find the recomputed values equal to the first ones, and keep those.
-        return jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=not scanned)
+        return run if once or config.remat == "none" else recomputed(run, in_loop=scanned)
 
     new_states: dict[str, Any] = {}
     reads: dict[str, Any] = {}
     for stage, sublayers in config.stages().items():
         layers = params[stage]
-        run = stage_of(sublayers, scanned=stage == LAYERS and not isinstance(layers, tuple))
+        once = stage != LAYERS or config.repeats == 1
+        run = stage_of(sublayers, once, scanned=stage == LAYERS and not isinstance(layers, tuple))
         carried = None if state is None else getattr(state, stage)
         if stage != LAYERS:
             x, (new_states[stage], reads[stage]) = run(x, (layers, carried))
