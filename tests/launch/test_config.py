@@ -13,7 +13,7 @@ import pytest
 from launch import config as config_lib
 from launch import mesh
 from launch.config import ConfigError
-from launch.configs import base, benchmark, quickstart, recall, samba, state_tracking
+from launch.configs import base, benchmark, extrapolation, quickstart, recall, samba, state_tracking
 from launch.metrics import Meter, Table, read_csv
 from launch.run import build, resolve
 
@@ -31,7 +31,7 @@ def changed(**changes):
     return config
 
 
-@pytest.mark.parametrize("module", [base, quickstart, benchmark, samba, state_tracking, recall])
+@pytest.mark.parametrize("module", [base, quickstart, benchmark, samba, state_tracking, recall, extrapolation])
 def test_configs_are_plain_and_whole(module):
     config = module.get_config()
     config_lib.check(config)
