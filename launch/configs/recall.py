@@ -3,16 +3,16 @@
     python launch/main.py --config=launch/configs/recall.py:attention --workdir=runs/recall_attention
     python launch/main.py --config=launch/configs/recall.py:mamba-4 --workdir=runs/recall_mamba_4
 
-A row shows 16 pairs of a key and a value, then asks for the value of every key (arXiv:2312.04927). All models have two
+A row shows 8 pairs of a key and a value, then asks for the value of every key (arXiv:2312.04927). All models have two
 layers of width 64: a gated convolution of 3 tokens, which brings a key and its value together, and the mixer, as in the
 comparison of Based (arXiv:2402.18668). They differ in the mixer alone, and in what its state holds: keys and values of
-all tokens (attention) or of the last ones (attention-16), Taylor features of so many channels (based-4, based-8), so
-many states per channel (mamba-4, mamba-16, mamba2-4, mamba2-16), keys of so many channels (gla-8, gla-32, mlstm-8,
-mlstm-32). No mixer knows positions, but from its decay. More pairs: --config.data.source.pairs=24
---config.sequence_length=96.
+all tokens (attention) or of the last 16 (attention-16), Taylor features of keys of so many channels (based-4, based-8),
+so many states per channel (mamba-4, mamba-16, mamba2-4, mamba2-16), values under keys of so many channels (gla-8,
+gla-32, mlstm-8, mlstm-32). Other sizes can be named, too. No mixer knows positions, but from its decay. More pairs:
+--config.data.source.pairs=16 --config.sequence_length=64.
 
-Matrices start with a standard deviation of 0.1; with the usual 0.02, for wide models, none of these starts to learn in
-the few steps. Expected: docs/claims.md.
+Matrices start with a standard deviation of 0.1, as in colabs/02_mixers.ipynb: the usual 0.02 is for wide models.
+What comes out: docs/claims.md.
 """
 
 from typing import Any
@@ -38,10 +38,10 @@ LEARNING_RATES = {"attention": 4e-3, "based": 4e-3, "mamba": 4e-3, "mamba2": 4e-
 
 
 def get_config(variant: str = "attention") -> Any:
-    """16 pairs in 64 tokens, 64 ids. A mixer without a size has its largest."""
+    """8 pairs in 32 tokens, 64 ids. A mixer without a size has its largest."""
     name, dash, size = variant.partition("-")
     if name not in MIXERS or (dash and not size.isdecimal()):
-        raise ValueError(f"recall.py:{variant} is unknown; {nearest(variant, (*MIXERS, *VARIANTS))}")
+        raise ValueError(f"recall.py:{variant} is unknown; {nearest(variant, sorted({*MIXERS, *VARIANTS}))}")
     mixer, options, option, sizes = MIXERS[name]
     config = base.get_config()
     config.model = {

@@ -108,7 +108,7 @@ def test_lengths_that_recall_cannot_make(tmp_path):
         (state_tracking, "slsmt", r"state_tracking\.py:slsmt is unknown; did you mean 'slstm'"),
         (extrapolation, "sambo", r"extrapolation\.py:sambo is unknown; did you mean 'samba'"),
         (recall, "mmaba-4", r"recall\.py:mmaba-4 is unknown; did you mean 'mamba-4'"),
-        (recall, "mamba-", r"recall\.py:mamba- is unknown; did you mean 'mamba'"),
+        (recall, "mamba-", r"recall\.py:mamba- is unknown; did you mean 'mamba-4'"),
     ],
 )
 def test_unknown_variant(module, variant, words):
