@@ -38,7 +38,7 @@ def get_config(model: str = "samba") -> Any:
         raise ValueError(f"extrapolation.py:{model} is unknown; {nearest(model, MODELS)}")
     config = base.get_config()
     config.model = MODELS[model]
-    config.steps = 500
+    config.steps = 400
     config.batch_size = 16
     config.sequence_length = LENGTH
     config.data.source = {"name": "stdlib", "domains": ("code",), "max_files": 100, "heldout_fraction": 0.1}

@@ -34,7 +34,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any], str, tuple[int | None, ...]]] = {
 VARIANTS = tuple(
     name if size is None else f"{name}-{size}" for name, (_, _, _, sizes) in MIXERS.items() for size in sizes
 )
-LEARNING_RATES = {"attention": 4e-3, "based": 4e-3, "mamba": 4e-3, "mamba2": 4e-3, "gla": 4e-3, "mlstm": 4e-3}
+LEARNING_RATES = {"attention": 4e-3, "based": 4e-3, "mamba": 4e-3, "mamba2": 1.2e-2, "gla": 4e-3, "mlstm": 4e-3}
 
 
 def get_config(variant: str = "attention") -> Any:
