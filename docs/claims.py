@@ -142,9 +142,11 @@ def perplexities(config: Any, workdir: pathlib.Path, lengths: list[int]) -> dict
     import jax.numpy as jnp
     import numpy as np
 
+    import pipelines
     from launch import run as run_lib
 
     this = run_lib.build(config, workdir)
+    assert isinstance(this.data, pipelines.TextDataset)
     _, params = this.restore_params()
     longest = max(lengths)
     stretches = []
