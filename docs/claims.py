@@ -8,16 +8,24 @@ Runs that have ended are not repeated, so the same command goes on where it stop
 import argparse
 import csv
 import dataclasses
+import importlib
 import json
+import math
 import pathlib
 import statistics
-import subprocess
 import sys
 import textwrap
+from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[1]
+sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])  # the packages of this tree, not of this folder
+
+from launch.configs import recall  # noqa: E402
+
 PAGE = pathlib.Path(__file__).with_name("claims.md")
 RECENT = 5  # rows of metrics.csv at the end of a run whose mean is its training accuracy
+LENGTHS_FILE = "lengths.json"  # beside summary.json: {length: perplexity}
+HELD_OUT = 1 << 15  # tokens of held-out text that perplexities are of
+TOKENS = 1 << 13  # of one batch of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +34,12 @@ class Claim:
 
     Attributes:
       title, text: of its section.
-      config: the launch config; a variant is `config:name`.
+      config: the module of launch.configs; its variants are `variants`.
       variants: names.
       measures: column of the table -> column of metrics.csv.
       guess: what chance reaches, drawn as a line.
+      state_at: tokens at which the size of a variant's state is a column, and the axis of the picture.
+      lengths: of rows of held-out text, whose perplexities are more columns and the picture: {column: tokens}.
     """
 
     title: str
@@ -37,7 +47,9 @@ class Claim:
     config: str
     variants: tuple[str, ...]
     measures: dict[str, str]
-    guess: float
+    guess: float | None = None
+    state_at: int | None = None
+    lengths: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 CLAIMS = {
@@ -49,31 +61,132 @@ CLAIMS = {
         "of 12 tokens, of which the last ones, new to the model, give the first column, and evaluated on rows of 48. "
         "Of the nonlinear recurrences the one with exponential gates holds the state beyond what it was trained on; "
         "the vanilla LSTM, at the same learning rate, does not learn the short rows reliably.",
-        "launch/configs/state_tracking.py",
+        "state_tracking",
         ("slstm", "lstm", "mamba", "attention"),
         {"12 tokens": "accuracy", "48 tokens": "validation_accuracy"},
         1 / 6,
+    ),
+    "recall": Claim(
+        "Recall and the size of the state",
+        "Pairs of a key and a value, 8 in 32 tokens, and then every key once more: the target is its value "
+        "(arXiv:2312.04927). Models of two layers and one width, a gated convolution and the mixer that gives the row "
+        "its name; a number is the size of its state: the window of attention, feature channels of Based "
+        "(arXiv:2402.18668), states per channel of Mamba and Mamba-2, channels of a key of GLA and mLSTM. The state "
+        "is that of both layers, keys and values in float32. Accuracy is of rows that no model was trained on. Of the "
+        "learning rates 0.004 and 0.012 the first seed chose one per mixer, at the larger size: 0.012 for Mamba-2. "
+        "Attention answers every query after these 300 steps, and so does Based with less than a third of its state: "
+        "there the paper's frontier holds. The window misses what it no longer sees. For the others the table says how "
+        "fast they learn rather than what their state could hold: Mamba and Mamba-2 were still close to chance with "
+        "their loss falling, GLA and mLSTM on the way and far apart between seeds; a larger state helped Mamba-2 a "
+        "little, and none of the others beyond that spread. The seconds are of a machine with other work.",
+        "recall",
+        recall.VARIANTS,
+        {"accuracy": "validation_accuracy"},
+        1 / 32,
+        state_at=32,
+    ),
+    "extrapolation": Claim(
+        "Length extrapolation",
+        "A Samba (arXiv:2406.07522), Mamba and attention with a window of 32, and a transformer of its width, depth "
+        "and number of parameters with full attention and rotary positions, trained on rows of 64 bytes of the "
+        "standard library's code. Perplexity per byte of held-out files, the same 32,768 bytes in rows of 1, 2, 4 and "
+        "8 times that length: a row starts without what stood before it, so a model that can use more context than it "
+        "was trained on gains by the length.",
+        "extrapolation",
+        ("samba", "transformer"),
+        {},
+        lengths={"64 bytes": 64, "128": 128, "256": 256, "512": 512},
     ),
 }
 
 
 def run(claim: Claim, seeds: int, runs: pathlib.Path) -> None:
-    """Trains what has not been trained yet, one run at a time."""
+    """Trains what has not been trained yet, one run at a time, and reads held-out text at every length."""
+    import jax
+
+    from launch import train
+    from launch.main import keep_freed_memory
+
+    keep_freed_memory()
+    jax.config.update("jax_compilation_cache_dir", str(runs / "cache"))  # the seeds of a variant are one program
     for seed in range(seeds):
         for variant in claim.variants:
             workdir = runs / variant / str(seed)
-            if (workdir / "summary.json").exists():
-                continue
-            options = [f"--config.seed={seed}", "--config.log.tensorboard=False", f"--workdir={workdir}"]
-            command = [sys.executable, "launch/main.py", f"--config={claim.config}:{variant}", *options]
-            subprocess.run(command, cwd=ROOT, check=True)
+            config = _config(claim, variant, seed, runs)
+            if not (workdir / "summary.json").exists():
+                print(f"{variant}, seed {seed}", flush=True)
+                workdir.mkdir(parents=True, exist_ok=True)
+                train.run(config, workdir)
+                if not (workdir / "summary.json").exists():
+                    sys.exit("stopped; the same command goes on from here")
+            if claim.lengths and not (workdir / LENGTHS_FILE).exists():
+                found = perplexities(config, workdir, list(claim.lengths.values()))
+                (workdir / LENGTHS_FILE).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _config(claim: Claim, variant: str, seed: int, runs: pathlib.Path) -> Any:
+    config = importlib.import_module(f"launch.configs.{claim.config}").get_config(variant)
+    config.seed = seed
+    config.log.tensorboard = False
+    config.data.directory = str(runs)
+    return config
+
+
+def perplexities(config: Any, workdir: pathlib.Path, lengths: list[int]) -> dict[str, float]:
+    """{length: exp(nats per token)} of one held-out text that is cut into rows of every length.
+
+    The text are the longest documents' stretches of the greatest length, evenly drawn, the same for every length: a row
+    is read from its first token on, without what stood before it.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import pipelines
+    from launch import run as run_lib
+
+    this = run_lib.build(config, workdir)
+    assert isinstance(this.data, pipelines.TextDataset)
+    _, params = this.restore_params()
+    longest = max(lengths)
+    stretches = []
+    for document in this.data.validation:  # [bos] t1 .. tn [eos]
+        pairs = np.stack([document[:-1], document[1:]]).astype(np.int32)
+        whole = pairs.shape[1] // longest
+        stretches += list(pairs[:, : whole * longest].reshape(2, whole, longest).swapaxes(0, 1))
+    if len(stretches) * longest < HELD_OUT:
+        raise ValueError(f"held-out text has {len(stretches)} stretches of {longest} tokens, not {HELD_OUT // longest}")
+    chosen = np.linspace(0, len(stretches) - 1, HELD_OUT // longest).astype(int)
+    tokens, targets = (np.stack([stretches[i][side] for i in chosen]) for side in (0, 1))
+
+    @jax.jit
+    def nll(params, tokens, targets):
+        logits = jax.nn.log_softmax(this.model.apply(params, tokens).logits)
+        return -jnp.take_along_axis(logits, targets[..., None], -1).sum()
+
+    found = {}
+    for length in lengths:
+        batches = zip(*(x.reshape(-1, TOKENS // length, length) for x in (tokens, targets)), strict=True)
+        found[str(length)] = math.exp(sum(float(nll(params, *batch)) for batch in batches) / tokens.size)
+    return found
+
+
+def state_bytes(claim: Claim, variant: str) -> int:
+    """Bytes of a row's state after `state_at` tokens, as zoo.describe counts them."""
+    import zoo
+    from launch.config import options
+    from zoo.core.params import nbytes
+
+    name, given = options(_config(claim, variant, 0, pathlib.Path())["model"])
+    return nbytes(zoo.create(name, **{"vocab_size": 1, **given}).state_specs(1, claim.state_at))
 
 
 def collect(claim: Claim, runs: pathlib.Path) -> dict[str, dict[str, list[float]]]:
     """{variant: {column of the table: a value per seed, and "parameters", "seconds"}} of the runs that have ended."""
     found: dict[str, dict[str, list[float]]] = {}
     for variant in claim.variants:
-        values = found.setdefault(variant, {name: [] for name in (*claim.measures, "parameters", "seconds")})
+        columns = (*claim.measures, *claim.lengths, "parameters", "seconds")
+        values = found.setdefault(variant, {name: [] for name in columns})
         for path in sorted((runs / variant).glob("*/summary.json")):
             summary = json.loads(path.read_text())
             with open(path.with_name("metrics.csv")) as file:
@@ -82,6 +195,10 @@ def collect(claim: Claim, runs: pathlib.Path) -> dict[str, dict[str, list[float]
                 numbers = [float(row[column]) for row in rows if row[column]]
                 last = 1 if column.startswith("validation") else RECENT
                 values[name].append(statistics.fmean(numbers[-last:]))
+            if claim.lengths:
+                of_length = json.loads(path.with_name(LENGTHS_FILE).read_text())
+                for name, length in claim.lengths.items():
+                    values[name].append(of_length[str(length)])
             values["parameters"].append(summary["parameters"])
             values["seconds"].append(summary["wall_seconds"])
     return found
@@ -90,43 +207,84 @@ def collect(claim: Claim, runs: pathlib.Path) -> dict[str, dict[str, list[float]
 def section(name: str, claim: Claim, found: dict[str, dict[str, list[float]]]) -> str:
     """The claim's part of the page: mean and standard deviation over seeds."""
     lines = [f"## {claim.title}\n", textwrap.fill(claim.text, 120) + "\n"]
-    columns = ["model", "parameters", *claim.measures, "seeds", "seconds per run"]
+    state = [f"state bytes at {claim.state_at} tokens"] if claim.state_at else []
+    columns = ["model", "parameters", *state, *claim.measures, *claim.lengths, "seeds", "seconds per run"]
     lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for variant, values in found.items():
-        cells = [f"`{variant}`", f"{values['parameters'][0]:,.0f}", *(_spread(values[m]) for m in claim.measures)]
+        cells = [f"`{variant}`", f"{values['parameters'][0]:,.0f}"]
+        cells += [f"{state_bytes(claim, variant):,}"] if claim.state_at else []
+        cells += [_spread(values[m]) for m in (*claim.measures, *claim.lengths)]
         cells += [str(len(values["parameters"])), f"{statistics.fmean(values['seconds']):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        f"\nChance is {claim.guess:.3f}. `python docs/claims.py {name}`\n",
-        f"![{claim.title}](claims_{name}.png)\n",
-    ]
+    chance = "" if claim.guess is None else f"Chance is {claim.guess:.3f}. "
+    lines += [f"\n{chance}`python docs/claims.py {name}`\n", f"![{claim.title}](claims_{name}.png)\n"]
     return "\n".join(lines)
 
 
 def _spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    deviation = f" ± {_deviation(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3f}{deviation}"
 
 
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def picture(name: str, claim: Claim, found: dict[str, dict[str, list[float]]]) -> None:
-    """Bars with the standard deviation over seeds, and every seed as a dot."""
+    """What the claim compares, with the standard deviation over seeds, and every seed as a dot."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 3))
+    figure, axes = plt.subplots(figsize=(7, 3.5 if claim.state_at or claim.lengths else 3))
+    if claim.lengths:
+        _lengths(axes, claim, found)
+    elif claim.state_at:
+        _frontier(axes, claim, found)
+    else:
+        _bars(axes, claim, found)
+    if claim.guess is not None:
+        axes.axhline(claim.guess, color="grey", linestyle=":", label="chance")
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(PAGE.with_name(f"claims_{name}.png"), dpi=120)
+
+
+def _bars(axes: Any, claim: Claim, found: dict[str, dict[str, list[float]]]) -> None:
     width = 0.8 / len(claim.measures)
     for i, measure in enumerate(claim.measures):
         at = [k + (i - (len(claim.measures) - 1) / 2) * width for k in range(len(found))]
         series = [values[measure] for values in found.values()]
-        errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in series]
+        errors = [_deviation(v) for v in series]
         axes.bar(at, [statistics.fmean(v) for v in series], width, yerr=errors, capsize=3, label=measure, alpha=0.7)
         for x, values in zip(at, series, strict=True):
             axes.plot([x] * len(values), values, "k.", markersize=4)
-    axes.axhline(claim.guess, color="grey", linestyle=":", label="chance")
     axes.set_xticks(range(len(found)), list(found))
     axes.set_ylabel("accuracy")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(PAGE.with_name(f"claims_{name}.png"), dpi=120)
+
+
+def _frontier(axes: Any, claim: Claim, found: dict[str, dict[str, list[float]]]) -> None:
+    """The first measure over the state's size; sizes of one mixer, "mixer-size", are one line."""
+    (measure, *_), mixers = claim.measures, dict.fromkeys(variant.partition("-")[0] for variant in found)
+    for mixer in mixers:
+        points = [(state_bytes(claim, v), found[v][measure]) for v in found if v.partition("-")[0] == mixer]
+        _line(axes, mixer, sorted(points))
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel=f"bytes of state at {claim.state_at} tokens", ylabel=measure)
+
+
+def _lengths(axes: Any, claim: Claim, found: dict[str, dict[str, list[float]]]) -> None:
+    for variant, values in found.items():
+        _line(axes, variant, [(length, values[name]) for name, length in claim.lengths.items()])
+    ticks = list(claim.lengths.values())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(xlabel="tokens", ylabel="perplexity")
+
+
+def _line(axes: Any, label: str, points: list[tuple[float, list[float]]]) -> None:
+    x, means = [at for at, _ in points], [statistics.fmean(values) for _, values in points]
+    drawn = axes.errorbar(x, means, [_deviation(values) for _, values in points], fmt="o-", capsize=3, label=label)
+    for at, values in points:
+        axes.plot([at] * len(values), values, ".", markersize=4, color=drawn[0].get_color(), alpha=0.6)
 
 
 def updated(text: str, name: str, part: str) -> str:

@@ -13,7 +13,16 @@ import pytest
 from launch import config as config_lib
 from launch import mesh, train
 from launch.config import ConfigError
-from launch.configs import base, benchmark, mamba_in_llama, quickstart, recall, samba, state_tracking
+from launch.configs import (
+    base,
+    benchmark,
+    extrapolation,
+    mamba_in_llama,
+    quickstart,
+    recall,
+    samba,
+    state_tracking,
+)
 from launch.metrics import Meter, Table, read_csv
 from launch.run import build, resolve
 
@@ -31,7 +40,10 @@ def changed(**changes):
     return config
 
 
-@pytest.mark.parametrize("module", [base, quickstart, benchmark, samba, state_tracking, recall, mamba_in_llama])
+CONFIGS = [base, quickstart, benchmark, samba, state_tracking, recall, extrapolation, mamba_in_llama]
+
+
+@pytest.mark.parametrize("module", CONFIGS)
 def test_configs_are_plain_and_whole(module):
     config = module.get_config()
     config_lib.check(config)

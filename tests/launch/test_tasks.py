@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 
+import zoo
 from launch import evaluate, generate, train
 from launch.checkpoints import Checkpoints
-from launch.config import ConfigError
-from launch.configs import base, recall, state_tracking
+from launch.config import ConfigError, options
+from launch.configs import base, extrapolation, recall, state_tracking
 from launch.metrics import read_csv
 from launch.run import build
+from zoo.core.params import nbytes
 
 TRACKED, LOST = 0.9, 0.6  # accuracy; measured: sLSTM 1.00, Mamba 0.40, attention 0.26; a guess has 0.17
 
@@ -94,15 +96,35 @@ def test_errors_at_the_door(changes, words, tmp_path):
 
 
 def test_lengths_that_recall_cannot_make(tmp_path):
-    config = recall.get_config("lstm")
+    config = recall.get_config("mamba")
     config.sequence_length = 31
-    with pytest.raises(ConfigError, match=r"config\.data: mqar needs an even length of at least 16 .* nearest is 32"):
+    with pytest.raises(ConfigError, match=r"config\.data: mqar needs an even length of at least 32 .* nearest is 32"):
         build(config, tmp_path)
 
 
-def test_unknown_variant():
-    with pytest.raises(ValueError, match=r"state_tracking\.py:slsmt is unknown; did you mean 'slstm'"):
-        state_tracking.get_config("slsmt")
+@pytest.mark.parametrize(
+    ("module", "variant", "words"),
+    [
+        (state_tracking, "slsmt", r"state_tracking\.py:slsmt is unknown; did you mean 'slstm'"),
+        (extrapolation, "sambo", r"extrapolation\.py:sambo is unknown; did you mean 'samba'"),
+        (recall, "mmaba-4", r"recall\.py:mmaba-4 is unknown; did you mean 'mamba-4'"),
+        (recall, "mamba-", r"recall\.py:mamba- is unknown; did you mean 'mamba-4'"),
+    ],
+)
+def test_unknown_variant(module, variant, words):
+    with pytest.raises(ValueError, match=words):
+        module.get_config(variant)
+
+
+def test_recall_compares_sizes_of_a_state():
+    """Two layers of one width whose second one is the mixer; a smaller size is a smaller state."""
+    state = {}
+    for variant in recall.VARIANTS:
+        name, given = options(recall.get_config(variant).model)
+        model = zoo.create(name, **given, vocab_size=64)
+        assert (model.config.width, len(model.config.in_order())) == (64, 2)
+        state.setdefault(variant.partition("-")[0], []).append(nbytes(model.state_specs(1, 32)))
+    assert all(small < large for small, large in state.values())
 
 
 @pytest.mark.slow
