@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.static_profile import chips
 
-LIMIT = 900  # seconds for one program; a compiler that hangs ends the process with a trace of where
+LIMIT = 3600  # seconds for one program; a compiler that hangs ends the process with a trace of where
 KEPT = ("final_bundles.txt", "final_hlo-static-per-bundle-utilization.txt", "-hlo.txt", "deduplication-map.txt")
 
 

@@ -16,6 +16,7 @@ from zoo.core.params import abstract
 from zoo.models import Model
 
 
+@pytest.mark.slow
 def test_samba_and_its_twin(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "limit_threads", lambda: None)
     monkeypatch.setattr(benchmark, "DECODE_TOKENS", 2)

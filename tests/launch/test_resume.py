@@ -56,7 +56,13 @@ def assert_equal_runs(config, one, other):
     assert (one / "samples.md").read_text() == (other / "samples.md").read_text()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "sigterm"])
+SIGNALS = [
+    pytest.param(signal.SIGKILL, id="kill"),
+    pytest.param(signal.SIGTERM, id="sigterm", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("sent", SIGNALS)
 def test_resumes_bitwise(sent, texts, finished, tmp_path):
     process = start(texts, tmp_path)
     # From the first checkpoint on a kill may hit a step, the writing of a row, a checkpoint, or the deletion of one.

@@ -69,7 +69,7 @@ def test_without_decay_and_norm_it_is_unnormalised_linear_attention():
     assert_close(y, expected, FLOAT32_TOLERANCE)
 
 
-@pytest.mark.parametrize("to", ["mamba2_attention", "hedgehog"])
+@pytest.mark.parametrize("to", ["mamba2_attention", pytest.param("hedgehog", marks=pytest.mark.slow)])
 def test_what_both_have_is_bitwise_the_teachers(to):
     model, params = teacher()
     new, new_params = convert(model, params, to=to, keep=2)

@@ -85,6 +85,7 @@ def test_eight_devices_equal_one(rules, mesh, texts, one_device, tmp_path):
     np.testing.assert_allclose(_columns(tmp_path), one_device, rtol=LOSS_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(texts, one_device, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

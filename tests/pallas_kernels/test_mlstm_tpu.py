@@ -60,6 +60,7 @@ def test_no_races_and_no_memory_read_before_it_is_written():
         check(draw(1, CHUNK + 5), *masks("packed", 1, CHUNK + 5))
 
 
+@pytest.mark.slow
 def test_chunks_of_two_blocks_of_queries():
     """256 tokens to a chunk, resets in both halves of the first and in the second."""
     length = 256 + 37

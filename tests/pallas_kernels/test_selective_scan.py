@@ -291,6 +291,7 @@ def test_lowers_for_accelerators(name):
         assert exported.mlir_module().count("stablehlo.custom_call @tpu_custom_call") == kernels
 
 
+@pytest.mark.slow
 def test_shapes_are_accepted_by_the_op():
     for shape in [*MODELS.values(), *TINY.values()]:
         y, state = jax.eval_shape(lambda a, s=shape: selective_scan(**a, **s.options()), shape.arrays())

@@ -266,7 +266,7 @@ def test_what_is_not_served_raises_and_is_left_to_xla():
     assert kernels(args) == 2
 
 
-@pytest.mark.parametrize("name", ["packed", "samba_421m"])
+@pytest.mark.parametrize("name", ["packed", pytest.param("samba_421m", marks=pytest.mark.slow)])
 def test_compiles_for_v5e(name):
     assert count_kernels(compile_op("v5e", selective_scan, (MODELS | TINY)[name])) == 2
 

@@ -214,7 +214,7 @@ for topology in sys.argv[1].split(","):
 @pytest.mark.parametrize(
     ("topologies", "names"),
     [
-        ("v5e:2x4", "odd,distil_128k"),
+        ("v5e:2x4", "odd"),  # the golden table of costs compiles distil_128k
         pytest.param("v5e:2x4,v5p:2x2x1,v6e:2x4", ",".join(MODELS | TINY), marks=pytest.mark.slow),
     ],
 )
