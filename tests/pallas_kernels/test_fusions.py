@@ -2,6 +2,7 @@
 
 YNN, XLA's library of CPU kernels, serves such fusions and returned wrong ones for products with a fresh state
 (`pallas_kernels.chunks.opaque`). The same programs compiled without it are the reference.
+Without `opaque` the first op fails; the other two, which have it by the same reasoning, were not seen to.
 """
 
 import functools
