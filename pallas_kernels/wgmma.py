@@ -2,6 +2,11 @@
 
 Interpretation knows neither register layouts nor a left factor in registers nor a transposed right factor. There a
 product reads its operands as values and multiplies them; all else (copies, barriers, loops, arithmetic) is the same.
+
+The matrix units take 16-bit numbers. A float32 number enters them in two parts, the bfloat16 nearest to it and the
+bfloat16 nearest to what remains, side by side along the last axis of shared memory: [rows, 2 * width]. A product of two
+such matrices is three products of parts, without that of the two remainders. It keeps 16 bits of mantissa, where TF32,
+which XLA takes for float32 by default, keeps 11.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,6 +59,61 @@ def matrix_ref(shape: Sequence[int], dtype: Any) -> Any:
     """Shared memory for [..., rows, columns] as `multiply` and `load` need it; columns in multiples of 128 bytes."""
     swizzle = (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(tuple(shape), dtype, transforms=() if interpreted() else swizzle)
+
+
+def parts(dtype: Any) -> int:
+    """How many 16-bit numbers stand for one of `dtype` in a product."""
+    return 2 if jnp.dtype(dtype) == jnp.float32 else 1
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """float32 x with the mantissa of bfloat16."""
+    # A cast there and back would be optimised away.
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def split(x: jax.Array) -> jax.Array:
+    """[..., width] -> [..., parts * width], as kernels take it; 16-bit numbers stay as they are."""
+    if parts(x.dtype) == 1:
+        return x
+    high = rounded(x)
+    return jnp.concatenate([high, x - high], axis=-1).astype(jnp.bfloat16)
+
+
+def split_ref(ref: Any, count: int) -> tuple[Any, ...]:
+    """References to the parts of shared memory [rows, count * width]."""
+    width = ref.shape[1] // count
+    return tuple(ref.at[:, i * width : (i + 1) * width] for i in range(count)) if count > 1 else (ref,)
+
+
+def split_array(x: jax.Array, count: int, dtype: Any) -> tuple[jax.Array, ...]:
+    """The parts, of `dtype`, of a float32 array in registers."""
+    if count == 1:
+        return (x.astype(dtype),)
+    high = rounded(x) if interpreted() else x.astype(dtype).astype(jnp.float32)
+    return high.astype(dtype), (x - high).astype(dtype)
+
+
+def store(refs: Sequence[Any], x: jax.Array) -> None:
+    """Writes the parts of a float32 array to shared memory."""
+    for ref, part in zip(refs, split_array(x, len(refs), refs[0].dtype), strict=True):
+        ref[...] = part
+
+
+def join(refs: Sequence[Any], layout: Any) -> jax.Array:
+    """The float32 array whose parts lie in shared memory."""
+    return sum((load(ref, layout).astype(jnp.float32) for ref in refs[1:]), load(refs[0], layout).astype(jnp.float32))
+
+
+def multiply_parts(
+    a: Sequence[Any], b: Sequence[Any], onto: jax.Array | None = None, *, transpose: bool = False
+) -> jax.Array:
+    """`multiply` of matrices in parts, the smallest terms first."""
+    for i in reversed(range(len(a))):
+        for j in reversed(range(len(b) - i)):
+            onto = multiply(a[i], b[j], onto, transpose=transpose)
+    assert onto is not None
+    return onto
 
 
 def multiply(a: Any, b: Any, onto: jax.Array | None = None, *, transpose: bool = False) -> jax.Array:

@@ -33,12 +33,11 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
     layout,
     load_state,
     multiply_transposed,
-    rounded,
     wide,
 )
 from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import masked_decay
 from pallas_kernels.warpgroup import walk
-from pallas_kernels.wgmma import MATRIX, ROWS, full, indices, load, matrix_ref, multiply
+from pallas_kernels.wgmma import MATRIX, ROWS, full, indices, load, matrix_ref, multiply, rounded
 
 SQUARE = (STEP, STEP)
 LEVELS = STEP.bit_length() - 1  # n = 1, 2, 4 .. 32

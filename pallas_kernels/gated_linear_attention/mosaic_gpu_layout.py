@@ -12,7 +12,7 @@ from pallas_kernels import interpret
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.gated_linear_attention import xla
 from pallas_kernels.gated_linear_attention.mosaic_tpu_layout import masked_decay
-from pallas_kernels.wgmma import MATRIX, across, interpreted, load, multiply
+from pallas_kernels.wgmma import MATRIX, across, interpreted, load, multiply, rounded
 
 STEP = 64  # tokens of a step, and columns of a state: the rows of a matrix product of one warpgroup
 MAX_KEY = 256  # a state of 256 x 64 takes half of a warpgroup's registers
@@ -123,12 +123,6 @@ class Layout(NamedTuple):
         """[B, T, ...] up to whole steps."""
         extra = self.steps * STEP - x.shape[1]
         return jnp.pad(x, [(0, extra if axis == 1 else 0) for axis in range(x.ndim)]) if extra else x
-
-
-def rounded(x) -> jax.Array:
-    """float32 x with the mantissa of bfloat16."""
-    # A cast there and back would be optimised away.
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def layout(q, v, chunk_size: int) -> Layout:
