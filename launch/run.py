@@ -10,16 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-import objectives
 from launch import config as config_lib
 from launch import data as data_lib
-from launch import distillation, start
+from launch import losses as losses_lib
+from launch import start
 from launch import mesh as mesh_lib
 from launch import optimizer as optimizer_lib
+from launch import rollout as rollout_lib
 from launch import step as step_lib
 from launch.checkpoints import Checkpoints
+from launch.rollout import Rollout
 from launch.step import TrainState
 from zoo.adapters import lora
 from zoo.core import sharding
@@ -39,9 +42,9 @@ class Program:
       mesh, rules: how arrays are split.
       shardings, abstract: of the TrainState.
       init: () -> TrainState of step 0.
-      teacher: parameters of the teacher, or None.
+      teacher: parameters of the teacher, or None; teacher_model: what they are of.
       train_step: (state, batch, teacher) -> (state, metrics); donates the state.
-      eval_step: (params, batch, key) -> sums.
+      eval_step: (params, batch, key, teacher) -> sums.
     """
 
     model: Model
@@ -54,6 +57,7 @@ class Program:
     teacher: Tree
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
+    teacher_model: Model | None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -73,12 +77,34 @@ class Run(Program):
     Attributes:
       config: plain nested dicts without open ends (vocabulary, horizon of the schedule).
       workdir: where it lives.
-      data: documents and tokenizer, or a task.
+      data: documents and tokenizer, a task, or responses.
+      rollout: draws the responses of a batch, or None.
+      references: log-probabilities of the reference by split and example, or None.
     """
 
     config: dict[str, Any]
     workdir: pathlib.Path
     data: data_lib.Data
+    rollout: Rollout | None
+    references: dict[str, np.ndarray] | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What the run reports; the first one chooses the best checkpoint."""
+        return data_lib.metrics(self.config)
+
+    def prepare(
+        self, batch: dict[str, Any], params: Tree, step: int, split: str = "train"
+    ) -> dict[str, Any]:
+        """A host batch with what does not come with the data: drawn responses, the reference's log-probabilities."""
+        if self.rollout is not None:
+            drawn_by = self.teacher if self.config["rollout"]["name"] == "teacher" else params
+            with sharding.use(self.mesh, {**self.rules, "batch": None}):
+                batch = self.rollout(drawn_by, batch, step)
+        if self.references is not None:
+            of_batch = self.references[split][np.maximum(batch["index"], 0)]
+            batch = {**batch, "ref_logps": np.where(batch["loss_mask"] != 0, of_batch, 0.0)}
+        return batch
 
     def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
         """The checkpoints of the workdir."""
@@ -87,7 +113,7 @@ class Run(Program):
             self.workdir / "checkpoints",
             keep_last=keep["keep_last"],
             keep_best=keep["keep_best"],
-            metric=self.data.metrics[0],
+            metric=self.metrics[0],
             read_only=read_only,
         )
 
@@ -152,7 +178,9 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
             start.check(plain, key)
     if not _from_initial(plain):
         _model(plain)
-    _objective(plain)
+    losses_lib.create_objective(plain)
+    with config_lib.at("rollout"):
+        rollout_lib.check(plain, losses_lib.category(plain))
     with config_lib.at("mesh and config.rules"):
         mesh, rules = mesh_lib.make(plain)
     with config_lib.at("optimizer.schedule"):
@@ -163,7 +191,14 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
     plain = resolve(config, data.vocab_size)
     program = assemble(plain, mesh, rules)
     fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
-    return Run(config=plain, workdir=workdir, data=data, **fields)
+    rollout = None
+    if (draws := plain["rollout"]["name"]) != "none":
+        if not data_lib.of_responses(plain):
+            raise config_lib.ConfigError(f"config.rollout.name={draws!r} needs data of responses")
+        drawer = program.teacher_model if draws == "teacher" else program.model
+        assert drawer is not None
+        rollout = Rollout(drawer, data, plain["rollout"], plain["seed"], plain["implementation"])
+    return Run(config=plain, workdir=workdir, data=data, rollout=rollout, **fields)
 
 
 def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
@@ -178,13 +213,14 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
         trained = specs if trainable is None else partition(specs, trainable)[0]
         optimizer, schedule = optimizer_lib.make(plain["optimizer"], trained)
     ema = plain["ema_decay"] > 0
-    train_loss, eval_loss, source = _losses(plain, model, initial, restore)
+    losses = losses_lib.make(plain, model, initial, restore)
+    source = losses.source
     options = {"seed": plain["seed"], "ema": ema, "trainable": trainable}
     fresh = functools.partial(step_lib.init_state, specs, optimizer, **options)
     with config_lib.at("mesh and config.rules"):
         shardings = step_lib.state_shardings(specs, optimizer, mesh, rules, ema=ema, trainable=trainable)
     train_step = step_lib.make_train_step(
-        train_loss,
+        losses.train,
         optimizer,
         schedule,
         accumulation=plain["accumulation"],
@@ -214,7 +250,8 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
         if source is None
         else jax.device_put(source[1], sharding.shardings(source[0].param_specs(), mesh, rules)),
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(step_lib.make_eval_step(eval_loss)),
+        teacher_model=None if source is None else source[0],
+        eval_step=jax.jit(step_lib.make_eval_step(losses.judge)),
     )
 
 
@@ -234,31 +271,6 @@ def _restore(config: dict[str, Any], workdir: pathlib.Path, *, mesh: Mesh, rules
     state = checkpoints.restore(program.abstract, step=checkpoints.find(config["evaluate"]["checkpoint"]))
     checkpoints.close()
     return program.model, lora.merge(evaluation_params(state))
-
-
-def _losses(
-    plain: dict[str, Any], model: Model, initial, restore
-) -> tuple[step_lib.Loss, step_lib.Loss, start.Source | None]:
-    """Losses of training and evaluation, and the teacher or None."""
-    name, implementation = plain["objective"]["name"], plain["implementation"]
-    objective, teacher = _objective(plain), plain["teacher"]["name"]
-    if name not in distillation.DISTILLATION:
-        if teacher != start.NONE["teacher"]:
-            raise config_lib.ConfigError(
-                f"config.teacher={teacher!r} needs a config.objective with a teacher: {distillation.DISTILLATION}"
-            )
-        loss = step_lib.language_model_loss(model, objective, implementation)
-        return loss, loss, None
-    if teacher == start.NONE["teacher"]:
-        raise config_lib.ConfigError(f"config.objective={name!r} needs config.teacher: initial, run or hf")
-    source = initial() if teacher == start.AS_INITIAL else start.read(plain, "teacher", restore)
-    if name == distillation.LOGITS:
-        loss = distillation.logit_loss(model, source[0], objective, implementation)
-    else:
-        length = plain["sequence_length"]
-        loss = distillation.attention_loss(model, source[0], objective, length, implementation)
-    judged = step_lib.language_model_loss(model, objectives.create("cross_entropy"), implementation)
-    return loss, judged, source
 
 
 def _from_initial(config: dict[str, Any]) -> bool:
@@ -283,11 +295,3 @@ def _model(config: dict[str, Any], initial: Callable[[], start.Source] | None = 
         overrides = {name: given.pop(name) for name in conversion.OVERRIDES if name in given}
         given["base_options"] = {"param_dtype": "float32", **given.get("base_options", {}), **overrides}
         return conversion.converted_model(source, **given)
-
-
-def _objective(config: dict[str, Any]) -> objectives.Objective:
-    with config_lib.at("objective"):
-        name, given = config_lib.options(config["objective"])
-        if name == distillation.ATTENTION:
-            check_keys(f"objective {name!r}", given, distillation.ATTENTION_OPTIONS)
-        return objectives.create(name, **given)

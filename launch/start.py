@@ -34,7 +34,8 @@ def check(config: Mapping[str, Any], key: str) -> str:
     alone = (NONE[key], AS_INITIAL) if key == "teacher" else (NONE[key],)
     check_choice("name", name, (*alone, *SOURCES))
     needed = SOURCES.get(name, ())
-    check_keys(f"name {name!r}", given, (*needed, *OPTIONAL.get(name, ())))
+    of_teacher = ("precompute",) if key == "teacher" and name != NONE[key] else ()
+    check_keys(f"name {name!r}", given, (*needed, *OPTIONAL.get(name, ()), *of_teacher))
     for option in needed:
         if option not in given:
             raise ValueError(f"name {name!r} needs {option}")

@@ -100,8 +100,9 @@ def state_shardings(
 def language_model_loss(model: Model, objective: Objective, implementation: str | None = None) -> Loss:
     """`loss(params, batch, key)`: the model on packed documents, then the objective on its logits."""
 
-    def loss(params: Tree, batch: Batch, key: jax.Array) -> LossOutput:
+    def loss(params: Tree, batch: Batch, key: jax.Array, *_: Tree) -> LossOutput:
         del key  # no objective or layer here draws random numbers
+        batch = as_rows(batch)
         ctx = SeqContext(positions=batch["positions"], segment_ids=batch["segment_ids"])
         logits = model.apply(params, batch["tokens"], ctx=ctx, implementation=implementation).logits
         return objective(logits, batch["targets"], batch["loss_mask"])
@@ -109,12 +110,22 @@ def language_model_loss(model: Model, objective: Objective, implementation: str 
     return loss
 
 
+def as_rows(batch: Batch) -> Batch:
+    """The arrays that a model reads, [..., T], as [B, T]: responses of an example stand under one another."""
+    names = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+    return {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in names}
+
+
 def _microbatches(batch: Batch, count: int) -> Batch:
     """[B, ...] to [count, B / count, ...]; microbatch i holds rows i, i + count, ...: no row changes its device."""
+    length = batch["tokens"].shape[-1]
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *("time",)[: x.ndim - 2])
+        names = [None] * (x.ndim - 2)
+        if names and x.shape[-1] == length:
+            names[-1] = "time"
+        return constrain(x, None, "batch", *names)
 
     return jax.tree.map(split, batch)
 
@@ -201,12 +212,12 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(loss: Loss) -> Callable[[Tree, Batch, jax.Array], dict[str, jax.Array]]:
-    """`step(params, batch, key)`: the sums weight, metrics of the objective and, of text, bytes of the targets."""
+def make_eval_step(loss: Loss) -> Callable[..., dict[str, jax.Array]]:
+    """`step(params, batch, key, teacher=None)`: the sums loss_sum, weight, metrics and, of text, bytes of targets."""
 
-    def eval_step(params: Tree, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        output = loss(params, batch, key)
+    def eval_step(params: Tree, batch: Batch, key: jax.Array, teacher: Tree = None) -> dict[str, jax.Array]:
+        output = loss(params, batch, key, *(() if teacher is None else (teacher,)))
         of_text = {"bytes": jnp.sum(batch["target_bytes"])} if "target_bytes" in batch else {}
-        return {"weight": output.weight, **of_text, **output.metrics}
+        return {"loss_sum": output.loss_sum, "weight": output.weight, **of_text, **output.metrics}
 
     return eval_step
