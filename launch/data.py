@@ -10,7 +10,7 @@ import pipelines
 from launch.config import options, to_dict
 from zoo.core.registry import nearest
 
-Data = pipelines.TextDataset | pipelines.TaskDataset | pipelines.ResponseDataset
+Data = pipelines.TextDataset | pipelines.TaskDataset
 NO_TOKENIZER = "none"  # the name of data.tokenizer where the source is a task
 
 

@@ -14,7 +14,6 @@ from launch.config import write_json
 from launch.metrics import print_table
 from launch.run import Run
 
-
 VALIDATION_STEP = 1 << 30  # steps of rollouts that no training reaches
 
 

@@ -74,12 +74,14 @@ def make(plain: dict[str, Any], model: Model, initial, restore) -> Losses:
     """
     name, implementation = plain["objective"]["name"], plain["implementation"]
     objective, teacher = create_objective(plain), plain["teacher"]["name"]
-    if reads_teacher(plain) != (teacher != start.NONE["teacher"]):
-        if teacher == start.NONE["teacher"]:
-            raise ConfigError(f"config.objective={name!r} needs config.teacher: initial, run or hf")
+    reads, kind = reads_teacher(plain), category(plain)
+    if reads and teacher == start.NONE["teacher"]:
+        raise ConfigError(f"config.objective={name!r} needs config.teacher: initial, run or hf")
+    # Preference objectives with and without a reference share their configs.
+    if not reads and teacher != start.NONE["teacher"] and kind != "preference":
         raise ConfigError(f"config.teacher={teacher!r}: config.objective={name!r} reads none as it is configured")
     source = None
-    if teacher != start.NONE["teacher"]:
+    if reads:
         source = initial() if teacher == start.AS_INITIAL else start.read(plain, "teacher", restore)
         check_vocabulary(model, source[0])
     judge = language_model_loss(model, objectives.create("cross_entropy"), implementation)
@@ -90,7 +92,6 @@ def make(plain: dict[str, Any], model: Model, initial, restore) -> Losses:
         assert source is not None
         length = plain["sequence_length"]
         return Losses(distillation.attention_loss(model, source[0], objective, length, implementation), judge, source)
-    kind = category(plain)
     if kind in ("preference", "rl"):
         loss = response_loss(name, objective, model, None if source is None else source[0], implementation)
         return Losses(loss, loss, source)
@@ -214,4 +215,3 @@ def diffusion_loss(model: Model, options: dict[str, Any], implementation: str | 
         return LossOutput(output.loss_sum, output.weight, metrics)
 
     return loss
-

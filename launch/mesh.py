@@ -71,5 +71,7 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules) -> dict[str
     with jax.transfer_guard_host_to_device("allow"):  # this transfer is meant, whatever the caller guards against
         for key, rows in batch.items():
             shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-            placed[key] = jax.make_array_from_process_local_data(batch_sharding(shape, mesh, rules, length), rows, shape)
+            placed[key] = jax.make_array_from_process_local_data(
+                batch_sharding(shape, mesh, rules, length), rows, shape
+            )
     return placed

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch import config as config_lib
-from launch import responses
 from launch import data as data_lib
+from launch import losses, responses
 from launch.config import ConfigError
 from launch.run import Run
 from pipelines.sources import SPLITS
@@ -28,6 +28,8 @@ def precompute(run: Run) -> Run:
     """
     if not run.config["teacher"].get("precompute"):
         return run
+    if run.teacher is None and losses.category(run.config) == "preference":
+        return run  # the objective reads no reference
     if run.teacher is None or not data_lib.of_responses(run.config) or run.rollout is not None:
         raise ConfigError("config.teacher.precompute needs data of given responses and an objective with a reference")
     if jax.process_count() > 1:
@@ -60,6 +62,7 @@ def _of_split(run: Run, split: str) -> np.ndarray:
     with run.active():
         for batch in data_lib.ordered_batches(run.data, run.config, split):
             values = jax.device_get(logps(run.teacher, run.place(batch)))
-            found |= {int(i): row for i, row, m in zip(batch["index"], values, batch["loss_mask"], strict=True) if m.any()}
+            found |= {
+                int(i): row for i, row, m in zip(batch["index"], values, batch["loss_mask"], strict=True) if m.any()
+            }
     return np.stack([found[i] for i in range(len(found))])
-

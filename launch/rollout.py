@@ -15,7 +15,7 @@ import numpy as np
 from launch.config import ConfigError
 from launch.data import Data
 from objectives.rl import advantages as advantages_lib
-from pipelines import REWARDS
+from pipelines.rewards import REWARDS
 from zoo.core.params import Tree
 from zoo.core.registry import check_choice
 from zoo.decoding import Generation, Sampling, generate

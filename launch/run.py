@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from launch import config as config_lib
 from launch import data as data_lib
 from launch import losses as losses_lib
-from launch import start
 from launch import mesh as mesh_lib
 from launch import optimizer as optimizer_lib
 from launch import rollout as rollout_lib
+from launch import start
 from launch import step as step_lib
 from launch.checkpoints import Checkpoints
 from launch.rollout import Rollout
@@ -93,9 +93,7 @@ class Run(Program):
         """What the run reports; the first one chooses the best checkpoint."""
         return data_lib.metrics(self.config)
 
-    def prepare(
-        self, batch: dict[str, Any], params: Tree, step: int, split: str = "train"
-    ) -> dict[str, Any]:
+    def prepare(self, batch: dict[str, Any], params: Tree, step: int, split: str = "train") -> dict[str, Any]:
         """A host batch with what does not come with the data: drawn responses, the reference's log-probabilities."""
         if self.rollout is not None:
             drawn_by = self.teacher if self.config["rollout"]["name"] == "teacher" else params
