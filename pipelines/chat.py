@@ -168,9 +168,13 @@ class ChatTemplate:
         """
         turns = check_conversation(as_turns(messages, "user", origin), origin, last="user")
         write = functools.partial(_encode, tokenizer, origin)
-        return np.concatenate([self._encode(turns, write, "response", 0).tokens, write(self.assistant.prefix, True)])
+        return np.concatenate([self._encode(turns, write, "response", 0).tokens, self.start_of_response(tokenizer)])
 
-    def end_of_turn(self, tokenizer: Tokenizer) -> np.ndarray:
+    def start_of_response(self, tokenizer: Tokenizer) -> np.ndarray:
+        """Ids int32[T], or none, that stand before every response."""
+        return _encode(tokenizer, self.name, self.assistant.prefix, True)
+
+    def end_of_response(self, tokenizer: Tokenizer) -> np.ndarray:
         """Ids int32[T] that end a response: one, where the tokenizer has the mark as a special id."""
         return _encode(tokenizer, self.name, self.assistant.end, True)
 
@@ -269,6 +273,11 @@ def _check_turn(message: Any, number: int, origin: str) -> str:
         raise DataError("not a text", origin, f"the content of turn {number} is {type(content).__name__}")
     if not content:
         raise DataError("empty content", origin, f"turn {number}, of {role}")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        where = f"lone surrogate {content[error.start]!r} at character {error.start} of turn {number}"
+        raise DataError("not valid Unicode", origin, where) from error
     return role
 
 
