@@ -163,6 +163,8 @@ def response_loss(
         if "advantages" in batch:
             available["advantages"] = batch["advantages"][:, 0]
             available["old"] = responses.by_response(batch, batch["old_logps"])[0]
+        if "tie" in batch:
+            available["tie"] = batch["tie"]
         if "label" in batch:
             available["desirable"] = batch["label"]
         if "scores" in batch:

@@ -53,9 +53,12 @@ def _fingerprint(run: Run) -> str:
 
 
 def _of_split(run: Run, split: str) -> np.ndarray:
+    model = run.teacher_model
+    assert model is not None
+
     @jax.jit
     def logps(params: Any, batch: Any) -> Any:
-        each = responses.logps(run.teacher_model, params, batch, run.config["implementation"])
+        each = responses.logps(model, params, batch, run.config["implementation"])
         return jnp.stack([one.per_token for one in each], axis=1)
 
     found: dict[int, np.ndarray] = {}

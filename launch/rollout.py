@@ -13,14 +13,16 @@ import jax
 import numpy as np
 
 from launch.config import ConfigError
-from launch.data import Data
 from objectives.rl import advantages as advantages_lib
+from pipelines import ResponseDataset
 from pipelines.rewards import REWARDS
 from zoo.core.params import Tree
 from zoo.core.registry import check_choice
 from zoo.decoding import Generation, Sampling, generate
 from zoo.models import Model
 
+Batch = dict[str, np.ndarray]
+Groups = dict[int, list[Generation]]  # drawn responses by the row of their prompt
 NAMES = ("none", "policy", "teacher")
 ADVANTAGES: dict[str, Callable[[Any], Any]] = {
     "group": advantages_lib.group_advantages,
@@ -59,83 +61,83 @@ class Rollout:
 
     Attributes:
       model: that draws: the policy, or the teacher.
-      data: of prompts and responses, with a tokenizer.
+      data: of prompts with one response.
+      end_id: token that ends a response.
       options: config.rollout.
       seed: of the run.
       implementation: of the model's ops.
     """
 
     model: Model
-    data: Data
+    data: ResponseDataset
+    end_id: int
     options: dict[str, Any]
     seed: int
     implementation: str | None = None
 
-    def __call__(self, params: Tree, batch: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+    def __call__(self, params: Tree, batch: Batch, step: int, split: str) -> Batch:
         """The batch of drawn responses.
 
         Args:
           params: of `model`.
-          batch: arrays [B, 1, T] as `responses` has them.
+          batch: arrays as of `ResponseDataset`, one response to a prompt.
           step: number of the step; the draws are a function of it, of the seed and of nothing else.
+          split: that the examples are of.
+
+        Raises:
+          ConfigError: a prompt whose response may not fit into the rows.
         """
         samples = self.options["samples"] if self.options["name"] == "policy" else 1
-        prompts = [prompt_of(row, batch) for row in range(len(batch["tokens"]))]
-        there = [row for row, prompt in enumerate(prompts) if len(prompt)]  # a padded batch has rows of nothing
+        # A batch that is not full ends in rows of nothing.
+        there = np.flatnonzero(batch["loss_mask"].any(axis=(1, 2)))
+        prompts = {row: self.data.prompt(split, int(batch["index"][row])) for row in there.tolist()}
+        room = batch["tokens"].shape[-1] + 1 - max(len(prompt) for prompt in prompts.values())
+        if room < self.options["max_tokens"]:
+            raise ConfigError(
+                f"config.rollout.max_tokens={self.options['max_tokens']} does not fit behind the prompts of a batch; "
+                f"lower it to {room} or raise config.sequence_length"
+            )
         drawn = generate(
             self.model,
             params,
-            [prompts[row] for row in there for _ in range(samples)],
+            [prompt.tolist() for prompt in prompts.values() for _ in range(samples)],
             max_new_tokens=self.options["max_tokens"],
             sampling=Sampling(temperature=float(self.options["temperature"])),
             key=jax.random.fold_in(jax.random.key(self.seed), step),
-            eos_id=self.data.end_ids,
+            eos_id=self.end_id,
             implementation=self.implementation,
         )
-        groups = {row: drawn[i * samples : (i + 1) * samples] for i, row in enumerate(there)}
-        if self.options["name"] == "teacher":
-            return self._pairs(batch, prompts, groups)
-        return self._rewarded(batch, prompts, groups, samples)
-
-    def _pairs(self, batch, prompts, groups) -> dict[str, np.ndarray]:
-        rejected = self._rows(batch, prompts, groups, 1)
-        both = {key: np.concatenate([batch[key], rejected[key]], axis=1) for key in rejected if key in batch}
-        return {**batch, **both}
-
-    def _rewarded(self, batch, prompts, groups, samples: int) -> dict[str, np.ndarray]:
+        groups = {row: drawn[i * samples : (i + 1) * samples] for i, row in enumerate(prompts)}
         rows = self._rows(batch, prompts, groups, samples)
-        reward = REWARDS[self.options["reward"]]
-        rewards = np.zeros((len(prompts), samples), np.float32)
-        text = self.data.tokenizer.decode
-        for row, group in groups.items():
-            prompt, given = text(prompts[row]), text(response_of(row, batch))
-            rewards[row] = [reward(prompt, text(each.tokens), given) for each in group]
-        advantages = np.asarray(ADVANTAGES[self.options["advantages"]](rewards))
-        return {**rows, "rewards": rewards, "advantages": advantages}
+        if self.options["name"] == "teacher":
+            pairs = {key: np.concatenate([batch[key], rows[key]], axis=1) for key in rows if key in batch}
+            return {**batch, **pairs}
+        rewards = self._rewards(batch, groups, samples, split)
+        return {**rows, "rewards": rewards, "advantages": np.asarray(ADVANTAGES[self.options["advantages"]](rewards))}
 
-    def _rows(self, batch, prompts, groups: dict[int, list[Generation]], samples: int) -> dict[str, np.ndarray]:
+    def _rewards(self, batch: Batch, groups: Groups, samples: int, split: str) -> np.ndarray:
+        """float32[B, samples]; 0 for rows of nothing."""
+        reward, examples = REWARDS[self.options["reward"]], self.data.examples(split)
+        rewards = np.zeros((len(batch["tokens"]), samples), np.float32)
+        for row, group in groups.items():
+            example = examples[int(batch["index"][row])]
+            prompt, given = example.prompt[-1]["content"], example.responses[0][-1]["content"]
+            texts = [self.data.tokenizer.decode(i for i in each.tokens if i != self.end_id) for each in group]
+            rewards[row] = [reward(prompt, text, given) for text in texts]
+        return rewards
+
+    def _rows(self, batch: Batch, prompts: dict[int, np.ndarray], groups: Groups, samples: int) -> Batch:
         """Drawn responses as arrays [B, samples, T] of the batch's T."""
         length = batch["tokens"].shape[-1]
-        shape = (len(prompts), samples, length)
+        shape = (len(batch["tokens"]), samples, length)
         rows = {key: np.zeros(shape, np.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
         rows |= {key: np.zeros(shape, np.float32) for key in ("loss_mask", "old_logps")}
         for row, group in groups.items():
             for k, each in enumerate(group):
-                ids, first = [*prompts[row], *each.tokens][: length + 1], len(prompts[row]) - 1
+                ids, first = [*prompts[row], *each.tokens], len(prompts[row]) - 1
                 size = len(ids) - 1
                 rows["tokens"][row, k, :size], rows["targets"][row, k, :size] = ids[:-1], ids[1:]
                 rows["segment_ids"][row, k, :size], rows["positions"][row, k, :size] = 1, np.arange(size)
                 rows["loss_mask"][row, k, first:size] = 1
-                rows["old_logps"][row, k, first:size] = each.logprobs[: size - first]
+                rows["old_logps"][row, k, first:size] = each.logprobs
         return rows
-
-
-def prompt_of(row: int, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Ids of the prompt of an example: what stands before its first counted target."""
-    counted = np.flatnonzero(batch["loss_mask"][row, 0])
-    return batch["tokens"][row, 0, : counted[0] + 1] if counted.size else np.zeros(0, np.int32)
-
-
-def response_of(row: int, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Ids of the response of an example: its counted targets."""
-    return batch["targets"][row, 0][batch["loss_mask"][row, 0] != 0]

@@ -24,6 +24,7 @@ from launch import step as step_lib
 from launch.checkpoints import Checkpoints
 from launch.rollout import Rollout
 from launch.step import TrainState
+from pipelines import ResponseDataset
 from zoo.adapters import lora
 from zoo.core import sharding
 from zoo.core.params import Tree, partition
@@ -98,7 +99,7 @@ class Run(Program):
         if self.rollout is not None:
             drawn_by = self.teacher if self.config["rollout"]["name"] == "teacher" else params
             with sharding.use(self.mesh, {**self.rules, "batch": None}):
-                batch = self.rollout(drawn_by, batch, step)
+                batch = self.rollout(drawn_by, batch, step, split)
         if self.references is not None:
             of_batch = self.references[split][np.maximum(batch["index"], 0)]
             batch = {**batch, "ref_logps": np.where(batch["loss_mask"] != 0, of_batch, 0.0)}
@@ -189,14 +190,23 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
     plain = resolve(config, data.vocab_size)
     program = assemble(plain, mesh, rules)
     fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
-    rollout = None
-    if (draws := plain["rollout"]["name"]) != "none":
-        if not data_lib.of_responses(plain):
-            raise config_lib.ConfigError(f"config.rollout.name={draws!r} needs data of responses")
-        drawer = program.teacher_model if draws == "teacher" else program.model
-        assert drawer is not None
-        rollout = Rollout(drawer, data, plain["rollout"], plain["seed"], plain["implementation"])
-    return Run(config=plain, workdir=workdir, data=data, rollout=rollout, **fields)
+    return Run(config=plain, workdir=workdir, data=data, rollout=_rollout(plain, program, data), **fields)
+
+
+def _rollout(plain: dict[str, Any], program: Program, data: data_lib.Data) -> Rollout | None:
+    name = plain["rollout"]["name"]
+    if name == "none":
+        return None
+    if not isinstance(data, ResponseDataset) or data.kind != "sft" or data.packed:
+        raise config_lib.ConfigError(
+            f"config.rollout.name={name!r} needs prompts with one response each: config.data.source of kind 'sft', "
+            "not packed"
+        )
+    model = program.teacher_model if name == "teacher" else program.model
+    assert model is not None
+    with config_lib.at("data.source.template"):
+        end_id = data_lib.end_id(data)
+    return Rollout(model, data, end_id, plain["rollout"], plain["seed"], plain["implementation"])
 
 
 def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:

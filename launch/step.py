@@ -122,7 +122,7 @@ def _microbatches(batch: Batch, count: int) -> Batch:
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-        names = [None] * (x.ndim - 2)
+        names: list[str | None] = [None] * (x.ndim - 2)
         if names and x.shape[-1] == length:
             names[-1] = "time"
         return constrain(x, None, "batch", *names)

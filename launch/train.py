@@ -197,6 +197,8 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
     print(f"{evaluate_lib.describe(run, result)}; {run.workdir / 'summary.json'}")
     if run.data.tokenizer is None:
         return  # ids that stand for no text
+    if not run.config["generate"]["prompts"]:
+        return
     if jax.process_count() > 1:
         print("no samples.md: samples need one process, use --config.mode=generate")
     else:
@@ -206,7 +208,7 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
 def run(config: Any, workdir: pathlib.Path) -> None:
     """mode=train: trains, or goes on where the workdir's run was stopped, to config.steps; then reports."""
     began = time.perf_counter()
-    generate_lib.check(config)
+    generate_lib.check(config, needed=False)
     with sigterm_event() as stop:
         this = references.precompute(run_lib.build(config, workdir))
         generate_lib.check_prompts(this)

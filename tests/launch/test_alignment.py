@@ -44,12 +44,17 @@ def parameters(seed):
     return redraw(model().param_specs(), seed)
 
 
+@jax.jit
+def logps_of_rows(params, tokens, positions, segment_ids, targets, mask):
+    ctx = SeqContext(positions=positions, segment_ids=segment_ids)
+    logits = model().apply(params, tokens, ctx=ctx).logits
+    return collect_logps(objectives.token_logps(logits, targets, mask), mask)
+
+
 def logps_of(params, batch, k):
     """LogProbs of response k, by a call of its own."""
-    ctx = SeqContext(positions=batch["positions"][:, k], segment_ids=batch["segment_ids"][:, k])
-    logits = model().apply(params, batch["tokens"][:, k], ctx=ctx).logits
-    per_token = objectives.token_logps(logits, batch["targets"][:, k], batch["loss_mask"][:, k])
-    return collect_logps(per_token, batch["loss_mask"][:, k])
+    names = ("tokens", "positions", "segment_ids", "targets", "loss_mask")
+    return logps_of_rows(params, *(batch[name][:, k] for name in names))
 
 
 def loss_of(name, reference=True, **options):
@@ -178,11 +183,11 @@ def config_of(**changes):
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ConfigError, match="'dpo' needs config.teacher"):
+    with pytest.raises(ConfigError, match=r"'dpo' needs config\.teacher"):
         losses.make(config_of(objective={"name": "dpo"}), model(), None, None)
     with pytest.raises(ConfigError, match="reads none"):
         losses.make(config_of(teacher={"name": "initial"}), model(), None, None)
-    with pytest.raises(ConfigError, match="grpo.*'policy'"):
+    with pytest.raises(ConfigError, match=r"grpo.*'policy'"):
         rollout.check(config_of(objective={"name": "grpo"}), "rl")
     with pytest.raises(ConfigError, match="takes 'none' or 'teacher'"):
         rollout.check(config_of(rollout={"name": "policy"}), "language_model")
