@@ -24,12 +24,6 @@ from pipelines.tokenizers import Tokenizer
 from zoo.core.registry import check_choice
 
 PARTNERS = 32  # examples that are looked at for a mismatched response
-METRICS = {  # what runs report, by the kind of batches
-    "sft": ("loss", "accuracy"),
-    "pairs": ("loss", "accuracy"),
-    "unpaired": ("loss",),
-    "ranked": ("loss",),
-}
 
 
 class _Tokens(NamedTuple):
@@ -98,7 +92,7 @@ class ResponseDataset:
     def __init__(self, source: ResponseSource, tokenizer: Tokenizer, length: int):
         check_positive(length=length)
         self.source, self.tokenizer, self.length = source, tokenizer, length
-        self.kind, self.packed, self.metrics = source.batches, source.pack, METRICS[source.batches]
+        self.kind, self.packed, self.metrics = source.batches, source.pack, source.metrics
         self.template = TEMPLATES.get(source.template)
         self.vocab_size = tokenizer.vocab_size
         self._splits: dict[str, list[_Encoded]] = {split: [] for split in SPLITS}
