@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import logging
 
 from pipelines.chat import TEMPLATES
 from pipelines.dataset import check_tokenizer, make_tokenizer
@@ -106,6 +107,7 @@ class ResponseDataset:
             self._splits[example.split].append(encoded)
         self.info: dict[str, Any] = {split: _counts(examples) for split, examples in self._splits.items()}
         self.info |= {"skipped": dict(source.skipped), "too_long": too_long}
+        logging.info("tokenised %s: %s", source, self.info)
         if not self._splits["train"]:
             fix = f"lower heldout_fraction, raise the length or add examples; {self.info}"
             raise DataError("no example to train on", str(source), fix)

@@ -210,6 +210,7 @@ def test_responses_of_a_prompt_are_truncated_alike(length, prompt):
     responses = [chat("-", "x")[1:], chat("-", "yyyyy")[1:]]
     encoded = plain.encode_responses(messages, responses, BYTES, length=length, truncate="drop_turns")
     assert [spelled(BYTES, each.tokens) for each in encoded] == [prompt + "x<eos>", prompt + "yyyyy<eos>"]
+    assert [spelled(BYTES, each.tokens[each.loss_mask]) for each in encoded] == ["x<eos>", "yyyyy<eos>"]
     with pytest.raises(DataError, match="last exchange alone has 10 tokens, 9 fit"):
         plain.encode_responses(messages, responses, BYTES, length=9, truncate="drop_turns")
 

@@ -416,6 +416,7 @@ def test_examples_that_do_not_fit(jsonl):
     (batch,) = data.evaluation_iterator(batch_size=1, split="train")
     texts = [spelled(TOKENIZER, row[:n]) for row, n in zip(batch["tokens"][0], (3, 5), strict=True)]
     assert texts == ["<bos>cd", "<bos>ceee"]
+    assert decoded(data, batch).tolist() == [["d", "eee"]]
     assert spelled(TOKENIZER, data.prompt("train", 0)) == "<bos>c"
     with pytest.raises(DataError, match=r"a\.jsonl:2: too long: its last exchange alone has 12 tokens, 9 fit"):
         prepare("pairs", jsonl(records[0], records[1]), length=8, truncate="drop_turns")
