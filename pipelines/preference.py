@@ -27,6 +27,12 @@ from zoo.core.registry import Registry, check_choice
 KINDS = ("sft", "pairs", "unpaired", "ranked")
 UNPACKINGS = ("best_vs_worst", "best_vs_rest", "all", "lists")
 WEIGHTINGS = ("token", "example")
+METRICS = {  # what runs report, by the kind of batches
+    "sft": ("loss", "accuracy"),
+    "pairs": ("loss", "accuracy"),
+    "unpaired": ("loss",),
+    "ranked": ("loss",),
+}
 _KIND_OF = {  # options that make sense for one kind only
     **dict.fromkeys(("loss", "pack", "weighting"), "sft"),
     "mismatched": "unpaired",
@@ -119,6 +125,11 @@ class ResponseSource(BaseSource):
     def batches(self) -> str:
         """The kind of the batches: `kind`, but "pairs" where ranked records are unpacked into pairs."""
         return "pairs" if self.kind == "ranked" and self.unpack != "lists" else self.kind
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What runs on such batches report; the first one chooses the best checkpoint."""
+        return METRICS[self.batches]
 
     def records(self) -> Iterator[tuple[Mapping[str, Any], str] | tuple[Mapping[str, Any], str, str] | DataError]:
         """Yields (record, origin), or (record, origin, split), or the error that stands in a record's place."""
@@ -260,9 +271,8 @@ def _ranking(record: Mapping[str, Any], origin: str) -> ResponseExample:
     if not isinstance(given, list) or len(given) < 2:
         raise DataError("wrong type", origin, "'responses' must be a list of at least two")
     if ("scores" in record) == ("ranks" in record):
-        raise DataError(
-            "missing field" if "scores" not in record else "one field too many", origin, "'scores' or 'ranks'"
-        )
+        reason = "missing field" if "scores" not in record else "one field too many"
+        raise DataError(reason, origin, "either 'scores' or 'ranks' is expected")
     name, sign = ("scores", 1.0) if "scores" in record else ("ranks", -1.0)
     numbers = record[name]
     if not isinstance(numbers, list) or len(numbers) != len(given):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import logging
 
 from pipelines.chat import TEMPLATES
 from pipelines.dataset import check_tokenizer, make_tokenizer
@@ -24,12 +25,6 @@ from pipelines.tokenizers import Tokenizer
 from zoo.core.registry import check_choice
 
 PARTNERS = 32  # examples that are looked at for a mismatched response
-METRICS = {  # what runs report, by the kind of batches
-    "sft": ("loss", "accuracy"),
-    "pairs": ("loss", "accuracy"),
-    "unpaired": ("loss",),
-    "ranked": ("loss",),
-}
 
 
 class _Tokens(NamedTuple):
@@ -98,7 +93,7 @@ class ResponseDataset:
     def __init__(self, source: ResponseSource, tokenizer: Tokenizer, length: int):
         check_positive(length=length)
         self.source, self.tokenizer, self.length = source, tokenizer, length
-        self.kind, self.packed, self.metrics = source.batches, source.pack, METRICS[source.batches]
+        self.kind, self.packed, self.metrics = source.batches, source.pack, source.metrics
         self.template = TEMPLATES.get(source.template)
         self.vocab_size = tokenizer.vocab_size
         self._splits: dict[str, list[_Encoded]] = {split: [] for split in SPLITS}
@@ -112,6 +107,7 @@ class ResponseDataset:
             self._splits[example.split].append(encoded)
         self.info: dict[str, Any] = {split: _counts(examples) for split, examples in self._splits.items()}
         self.info |= {"skipped": dict(source.skipped), "too_long": too_long}
+        logging.info("tokenised %s: %s", source, self.info)
         if not self._splits["train"]:
             fix = f"lower heldout_fraction, raise the length or add examples; {self.info}"
             raise DataError("no example to train on", str(source), fix)
