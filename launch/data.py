@@ -8,7 +8,6 @@ import jax
 
 import pipelines
 from launch.config import options, to_dict
-from pipelines.responses import METRICS
 from zoo.core.registry import nearest
 
 Data = pipelines.TextDataset | pipelines.TaskDataset | pipelines.ResponseDataset
@@ -50,7 +49,7 @@ def metrics(config: Any) -> tuple[str, ...]:
         return ("reward",)
     if of_responses(config):
         source = pipelines.make_response_source(to_dict(config["data"]["source"]))
-        return METRICS[source.batches]
+        return source.metrics
     task = config["data"]["source"]["name"] in pipelines.TASKS.names()
     return (pipelines.TaskDataset if task else pipelines.TextDataset).metrics
 
