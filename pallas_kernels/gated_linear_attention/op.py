@@ -105,7 +105,7 @@ def gated_linear_attention(
 
 def default_chunk(key: int, value: int, implementation: str | None = None) -> int:
     """Tokens of a chunk where a call does not say."""
-    if is_narrow(key, value) and implementation in (None, "xla"):  # kernels take whole registers of tokens
+    if is_narrow(key, value, implementation):
         return NARROW_CHUNK
     return DEFAULT_CHUNK_SIZE
 
