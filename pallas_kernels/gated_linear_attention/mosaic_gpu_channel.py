@@ -7,7 +7,7 @@ tokens. Their decay is that from the middle of the block to i times that from j 
 are products of the rows x_n: queries in right halves and keys in left halves, each decayed to the middle. A kernel of
 its own makes them, once for all heads of a group and all columns of their values, in a block of threads for every step;
 it also decays the queries from the step's start and the keys to its end. The kernel that walks over time then only
-multiplies matrices. What goes from one to the other through global memory is that, in the dtype of q: as much as q and
+multiplies matrices. What goes from one to the other through global memory is that, in the parts of q: as much as q and
 k once more, and 64 scores per token and group.
 
 The sums of log decays are matrix products with zeros and ones, as with a decay per head, of log decays in two numbers

@@ -4,7 +4,7 @@ Never run on a GPU: interpreted, lowered and compiled only.
 
 The forward pass's kernel makes scores and decayed queries and keys again, and XLA the states before every step, as with
 a decay per head. One kernel walks from the last step to the first with the gradient of the state of 64 columns of a
-head's values in registers, and writes it out after every step in the dtype of q. From both kinds of states, y's
+head's values in registers, and writes it out after every step in the parts of q. From both kinds of states, y's
 gradients and values XLA makes, in products for all steps at once, the gradients of scores and of decayed queries and
 keys. Another kernel, with a block of threads for every step, brings these back to queries, keys and log decays.
 """

@@ -1,4 +1,9 @@
-"""What the Mosaic GPU kernels of gated linear attention share: the layout of their arrays, and what they serve."""
+"""What the Mosaic GPU kernels of gated linear attention share: the layout of their arrays, and what they serve.
+
+Float32 queries, keys, values and what is made of them enter the kernels, lie in shared memory and leave in two bfloat16
+parts (see `wgmma`), 16-bit ones as they are, in one. Sums over time, states to begin and to end with, and gradients
+that are summed outside stay float32.
+"""
 
 import functools
 import math
