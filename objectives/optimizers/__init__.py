@@ -1,0 +1,34 @@
+"""Optimisers, schedules and rules of scaling: optax's by name, and those that optax lacks.
+
+`create(name, learning_rate, **options)` builds any of them; `python -m objectives.catalog` lists all.
+"""
+
+from objectives.optimizers import clippy, d_adaptation, from_optax, layout, sgd_sai
+from objectives.optimizers.layout import Layout
+from objectives.optimizers.registry import (
+    OPTIMIZERS,
+    Entry,
+    bytes_per_parameter,
+    create,
+    list_optimizers,
+    register,
+    state_bytes,
+)
+from objectives.optimizers.schedules import SCHEDULES
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Entry",
+    "Layout",
+    "bytes_per_parameter",
+    "clippy",
+    "create",
+    "d_adaptation",
+    "from_optax",
+    "layout",
+    "list_optimizers",
+    "register",
+    "sgd_sai",
+    "state_bytes",
+]
