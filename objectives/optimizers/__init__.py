@@ -3,7 +3,7 @@
 `create(name, learning_rate, **options)` builds any of them; `python -m objectives.catalog` lists all.
 """
 
-from objectives.optimizers import clippy, d_adaptation, from_optax, layout, sgd_sai
+from objectives.optimizers import block_coordinate, clippy, d_adaptation, from_optax, galore, layout, sgd_sai
 from objectives.optimizers.layout import Layout
 from objectives.optimizers.registry import (
     OPTIMIZERS,
@@ -21,11 +21,13 @@ __all__ = [
     "SCHEDULES",
     "Entry",
     "Layout",
+    "block_coordinate",
     "bytes_per_parameter",
     "clippy",
     "create",
     "d_adaptation",
     "from_optax",
+    "galore",
     "layout",
     "list_optimizers",
     "register",

@@ -23,6 +23,10 @@ LAYOUT = {
 # learning rate, steps, options; the rest takes those of DEFAULT
 DEFAULT = (0.05, 120, {})
 CASES = {
+    "badam": (0.1, 160, {"interval": 10, "outside": "trained"}),
+    "galore": (0.3, 120, {"rank": 2, "update_every": 3, "scale": 1.0}),
+    "lisa": (0.1, 160, {"interval": 10}),
+    "owlore": (0.3, 200, {"interval": 10, "update_every": 5, "rank": 2, "threshold": 2.0}),
     "adagrad": (0.5, 120, {}),
     "clippy_adagrad": (1.0, 120, {"relative": 0.5, "absolute": 1e-2}),
     "dadapt_adagrad": (1.0, 200, {}),
