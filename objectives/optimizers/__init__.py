@@ -3,7 +3,18 @@
 `create(name, learning_rate, **options)` builds any of them; `python -m objectives.catalog` lists all.
 """
 
-from objectives.optimizers import block_coordinate, clippy, d_adaptation, from_optax, galore, layout, sgd_sai
+from objectives.optimizers import (
+    block_coordinate,
+    clippy,
+    d_adaptation,
+    from_optax,
+    galore,
+    layout,
+    psgd,
+    psgd_low_rank,
+    sgd_sai,
+    shampoo,
+)
 from objectives.optimizers.layout import Layout
 from objectives.optimizers.registry import (
     OPTIMIZERS,
@@ -30,7 +41,10 @@ __all__ = [
     "galore",
     "layout",
     "list_optimizers",
+    "psgd",
+    "psgd_low_rank",
     "register",
     "sgd_sai",
+    "shampoo",
     "state_bytes",
 ]

@@ -1,9 +1,9 @@
 """Writes optimizers.npz: a least-squares problem with noise, and the iterates of the authors' optimisers on it.
 
 Every case holds the parameters after each step. The gradient of step k is weight (x - target) + noise_k. Needs
-dadaptation 3.2, prodigyopt 1.1.2, schedulefree 1.4.1, galore-torch 1.0, sgd-sai 1.0.3, kron-torch 0.3.3, badam 1.4 and
-torch, which are not what the tests need; PSGD's probe vectors are recorded with its iterates, and singular vectors
-have one sign.
+dadaptation 3.2, prodigyopt 1.1.2, schedulefree 1.4.1, galore-torch 1.0 (and bitsandbytes, which it imports), sgd-sai
+1.0.3, kron-torch 0.3.3, badam 1.4, psgd-jax 0.2.9 (with optax 0.2.4) and torch, which are not what the tests need.
+PSGD's probe vectors are recorded with its iterates; singular vectors have one sign.
 Run from the root of the repository: TORCHDYNAMO_DISABLE=1 python -m tests.goldens.make_optimizer_goldens
 """
 
@@ -16,12 +16,15 @@ from pathlib import Path
 import badam
 import dadaptation
 import galore_torch
+import jax
+import jax.numpy as jnp
 import kron_torch
 import numpy as np
 import prodigyopt
 import schedulefree
 import sgd_sai
 import torch
+from psgd_jax import low_rank_approximation
 
 SHAPES = {"tall": (6, 4), "wide": (3, 5), "cube": (2, 3, 4), "vector": (7,)}
 LAYERS, LAYER = 3, {"w": (4, 5), "b": (5,)}
@@ -141,6 +144,9 @@ def kron_case(problem, mode):
         return probes[-1]
 
     torch.randn_like = recording
+    inner = kron_torch.kron._update_precond
+    # The noise that the update of the factors adds to its gradient in place stays out of the step.
+    kron_torch.kron._update_precond = lambda q, exprs, g, *rest: inner(q, exprs, g.clone(), *rest)
     try:
         make = lambda p: kron_torch.Kron(  # noqa: E731
             list(p.values()), lr=0.02, weight_decay=0.1, memory_save_mode=mode, preconditioner_update_probability=1.0
@@ -148,6 +154,7 @@ def kron_case(problem, mode):
         rows = iterate(problem, make, torch.float32)
     finally:
         torch.randn_like = draw_probe
+        kron_torch.kron._update_precond = inner
     names = list(problem["start"])
     return rows, {name: np.stack([x.numpy() for x in probes[i :: len(names)]]) for i, name in enumerate(names)}
 
@@ -172,6 +179,31 @@ def badam_case(problem):
     return iterate(problem, make, torch.float32)
 
 
+def low_rank_case(rng, size=12, rank=3):
+    """U, V and d after each update of psgd-jax's preconditioner, and what it makes of a gradient at the end."""
+    u, v = rng.normal(0.0, 0.4, (2, size, rank))
+    d, h = rng.uniform(0.5, 2.0, (size, 1)), rng.normal(0.0, 2.0, (STEPS, size, 1))
+    probes, keys = rng.normal(0.0, 1.0, (STEPS, size, 1)), jax.random.split(jax.random.key(0), STEPS)
+    start = {"u": u, "v": v, "d": d[:, 0]}
+    u, v, d, h, probes = (jnp.asarray(x, jnp.float32) for x in (u, v, d, h, probes))
+    rows = {"u": [], "v": [], "d": [], "coin": []}
+    for k in range(STEPS):
+        balance, coin = (float(jax.random.uniform(key)) for key in jax.random.split(keys[k])[::-1])
+        assert balance >= 0.01
+        u, v, d = low_rank_approximation._update_precond_UVd_math(
+            keys[k], u, v, d, probes[k], h[k], 0.1, "2nd", "float32"
+        )
+        for name, x in zip(rows, (u, v, d[:, 0], coin < 0.5), strict=True):
+            rows[name].append(np.asarray(x))
+    white = low_rank_approximation._precond_grad_UVd_math(u, v, d, h[0])[:, 0]
+    given = {f"start/{name}": x for name, x in start.items()} | {
+        "h": h[..., 0],
+        "probe": probes[..., 0],
+        "white": white,
+    }
+    return {name: np.stack(x) for name, x in rows.items()} | given
+
+
 def main():
     rng = np.random.default_rng(0)
     problem = draw(rng, SHAPES)
@@ -189,6 +221,7 @@ def main():
             found |= {f"{case}/{name}": x for name, x in rows.items()}
             found |= {f"{case}/probe/{name}": x for name, x in probes.items()}
         found |= {f"badam/{name}": rows for name, rows in badam_case(layered).items()}
+    found |= {f"low_rank/{name}": x for name, x in low_rank_case(rng).items()}
     np.savez_compressed(Path(__file__).parent / "optimizers.npz", **found)
 
 

@@ -36,7 +36,10 @@ CASES = {
     "dowg": (1.0, 200, {}),
     "lars": (1.0, 120, {"trust_coefficient": 0.1}),
     "prodigy": (1.0, 200, {}),
+    "psgd_kron": (0.1, 120, {"update_probability": 1.0}),
+    "psgd_low_rank": (0.2, 200, {"rank": 3}),
     "radam": (0.2, 120, {}),
+    "shampoo": (0.1, 120, {"statistic_every": 2, "root_every": 4, "min_quantized": 1, "block": 4}),
     "simplified_ademamix": (5e-3, 120, {"b1": 0.9}),
     "sm3": (0.5, 120, {}),
 }
