@@ -48,7 +48,11 @@ def _prompts(run: Run) -> list[list[int]]:
 def check(config: dict[str, Any], *, needed: bool = True) -> None:
     """Raises ConfigError when config.generate.prompts are no texts, or are `needed` and not there."""
     prompts = config["generate"]["prompts"]
-    if isinstance(prompts, str) or (needed and not prompts) or not all(isinstance(text, str) and text for text in prompts):
+    if (
+        isinstance(prompts, str)
+        or (needed and not prompts)
+        or not all(isinstance(text, str) and text for text in prompts)
+    ):
         raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
 
 

@@ -45,6 +45,8 @@ class Program:
       init: () -> TrainState of step 0.
       teacher: parameters of the teacher, or None; teacher_model: what they are of.
       train_step: (state, batch, teacher) -> (state, metrics); donates the state.
+      evaluation_params: state -> the moving average where there is one, else the parameters or what the optimiser has
+        in place of them.
       eval_step: (params, batch, key, teacher) -> sums.
     """
 
@@ -57,6 +59,7 @@ class Program:
     init: Callable[[], TrainState]
     teacher: Tree
     train_step: Callable[..., Any]
+    evaluation_params: Callable[[TrainState], Tree]
     eval_step: Callable[..., Any]
     teacher_model: Model | None
 
@@ -132,12 +135,7 @@ class Run(Program):
         self.check_resume()
         state = checkpoints.restore(self.abstract, step=step)
         checkpoints.close()
-        return step, evaluation_params(state)
-
-
-def evaluation_params(state: TrainState) -> Any:
-    """The moving average where there is one, else the parameters."""
-    return state.params if state.ema is None else state.ema
+        return step, self.evaluation_params(state)
 
 
 def resolve(config: Any, vocab_size: int) -> dict[str, Any]:
@@ -236,6 +234,14 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
         trainable=trainable,
     )
     init = jax.jit(fresh, out_shardings=shardings)
+    evaluated = optimizer_lib.evaluation_params(plain["optimizer"]["name"], trainable)
+    if evaluated is not None:
+        evaluated = jax.jit(evaluated, out_shardings=shardings.params)
+
+    def evaluation_params(state: TrainState) -> Tree:
+        if state.ema is not None:
+            return state.ema
+        return state.params if evaluated is None else evaluated(state.params, state.opt_state)
 
     def init_from_source() -> TrainState:
         params = jax.device_put(_initial_params(plain, model, initial()), shardings.params)
@@ -259,6 +265,7 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
         else jax.device_put(source[1], sharding.shardings(source[0].param_specs(), mesh, rules)),
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         teacher_model=None if source is None else source[0],
+        evaluation_params=evaluation_params,
         eval_step=jax.jit(step_lib.make_eval_step(losses.judge)),
     )
 
@@ -278,7 +285,7 @@ def _restore(config: dict[str, Any], workdir: pathlib.Path, *, mesh: Mesh, rules
     checkpoints = Checkpoints(workdir / "checkpoints", metric=metric, read_only=True)
     state = checkpoints.restore(program.abstract, step=checkpoints.find(config["evaluate"]["checkpoint"]))
     checkpoints.close()
-    return program.model, lora.merge(evaluation_params(state))
+    return program.model, lora.merge(program.evaluation_params(state))
 
 
 def _from_initial(config: dict[str, Any]) -> bool:

@@ -83,17 +83,28 @@ def state_shardings(
     ema: bool,
     trainable: Tree | None = None,
 ) -> TrainState:
-    """Shardings of a TrainState: the optimiser's moments lie like their parameters, all else is replicated."""
+    """Shardings of a TrainState.
+
+    A leaf of the optimiser's state that has the path and the rank of a parameter (moments; those of some of its layers)
+    lies like it; all else (counts, factors of preconditioners) is replicated.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
     of_params = shardings(specs, mesh, rules)
+    shapes = params_lib.abstract(specs, of_params)
     opt_state = jax.eval_shape(optimizer.init, _trained(params_lib.abstract(specs), trainable))
-    of_opt = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, s: s,
-        opt_state,
-        _trained(of_params, trainable),
-        transform_non_params=lambda _: replicated,
-    )
+    like = params_lib.flatten(shapes)
+
+    def of_leaf(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        names = params_lib.path_string(path).split("/")
+        suffixes = ("/".join(names[start:]) for start in range(len(names)))
+        param = next((like[suffix] for suffix in suffixes if suffix in like), None)
+        if param is None or len(param.shape) != len(leaf.shape):
+            return replicated
+        spec = (*param.sharding.spec, *(None,) * len(leaf.shape))
+        kept = all(axis is None or a == b for axis, a, b in zip(spec, leaf.shape, param.shape, strict=False))
+        return param.sharding if kept else replicated
+
+    of_opt = jax.tree_util.tree_map_with_path(of_leaf, opt_state)
     return TrainState(replicated, of_params, of_opt, of_params if ema else None, replicated)
 
 

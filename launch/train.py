@@ -23,7 +23,7 @@ from launch import run as run_lib
 from launch.checkpoints import Checkpoints
 from launch.metrics import VALIDATION, Report
 from launch.plots import plot_loss
-from launch.run import Run, evaluation_params
+from launch.run import Run
 from launch.step import TrainState
 from zoo.core.params import count
 
@@ -152,7 +152,7 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
             save = evaluated or stopped or step == config["steps"] or _due(step, config["checkpoint"]["every"])
             row, validated = pending.read(keep=0 if save else 1), None
             if evaluated and row is not None:
-                result = evaluate_lib.evaluate(run, evaluation_params(state), config["evaluate"]["batches"])
+                result = evaluate_lib.evaluate(run, run.evaluation_params(state), config["evaluate"]["batches"])
                 scores = {f"validation_{key}": value for key, value in result.items()}
                 row |= {key: value for key, value in scores.items() if key in VALIDATION}
                 report.say(f"step {step}/{config['steps']}  validation {evaluate_lib.describe(run, result)}")
@@ -173,7 +173,7 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
 
 def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float) -> None:
     """The final evaluation, summary.json, loss.png and samples.md."""
-    params = evaluation_params(state)
+    params = run.evaluation_params(state)
     result = evaluate_lib.evaluate(run, params)
     table = evaluate_lib.compare(run, result)
     if jax.process_index() != 0:
