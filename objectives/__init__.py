@@ -8,6 +8,7 @@ from objectives.distillation import (
     feature_distillation,
     function_matching,
     logit_distillation,
+    mixup,
     preference_distillation,
 )
 from objectives.editing import chat_vector, greedy_soup, sce_merge, soup, task_arithmetic
@@ -198,6 +199,7 @@ __all__ = [
     "metaapo",
     "metaapo_weights",
     "mixing_weight",
+    "mixup",
     "mmpo",
     "multi_attribute",
     "multi_token_heads",

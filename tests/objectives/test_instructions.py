@@ -1,5 +1,7 @@
 """Losses over instructions and of examples of different quality, by loops in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +36,11 @@ def test_instruction_modelling_between_its_limits():
     logits, targets, _ = draw(7)
     response, prompt = masks(7)
     for weight, mask in ((0.0, response), (1.0, response + prompt)):
-        ours = lambda x, w=weight: (
-            objectives.instruction_modelling(x, targets, response, prompt, prompt_weight=w).loss_sum
+        ours = functools.partial(objectives.instruction_modelling, prompt_weight=weight)
+        have, want = (
+            jax.value_and_grad(lambda x, f=f, masks=masks: f(x, targets, *masks).loss_sum)(jnp.asarray(logits))
+            for f, masks in ((ours, (response, prompt)), (objectives.cross_entropy, (mask,)))
         )
-        theirs = lambda x, m=mask: objectives.cross_entropy(x, targets, m).loss_sum  # noqa: E731
-        have, want = (jax.value_and_grad(f)(jnp.asarray(logits)) for f in (ours, theirs))
         np.testing.assert_array_equal(have[0], want[0])
         np.testing.assert_array_equal(have[1], want[1])
         assert not np.asarray(have[1])[response + prompt == 0].any()

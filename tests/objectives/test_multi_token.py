@@ -94,7 +94,7 @@ def test_gradients_of_bfloat16_are_near():
 
 
 def test_memory_is_that_of_one_head():
-    """Temporary memory of the gradient, 8 heads: measured 1.2 logits of one head against 16.2 of the plain sum."""
+    """Temporary memory of the gradient, 8 heads: measured 3.0 logits of one head against 17.0 of the plain sum."""
     rows, tokens, classes, heads = 2, 64, 8192, 8
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
     parameters = (shape(rows, tokens, WIDTH), shape(WIDTH, classes), {"w": shape(heads, WIDTH, WIDTH)})
@@ -113,7 +113,6 @@ def test_memory_is_that_of_one_head():
         return jax.tree.map(lambda *x: sum(x), *outputs)
 
     in_turn, at_once = temporary(lambda *x: objectives.multi_token_heads(head, *x)), temporary(plain)
-    print(in_turn, at_once)
     assert in_turn < 3.5
     assert at_once > heads
 
