@@ -48,11 +48,8 @@ def _prompts(run: Run) -> list[list[int]]:
 def check(config: dict[str, Any], *, needed: bool = True) -> None:
     """Raises ConfigError when config.generate.prompts are no texts, or are `needed` and not there."""
     prompts = config["generate"]["prompts"]
-    if (
-        isinstance(prompts, str)
-        or (needed and not prompts)
-        or not all(isinstance(text, str) and text for text in prompts)
-    ):
+    texts = not isinstance(prompts, str) and all(isinstance(text, str) and text for text in prompts)
+    if not texts or (needed and not prompts):
         raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
 
 

@@ -1,5 +1,6 @@
 """The loss of a run: which models it reads, what of a batch its objective takes, and what it is judged by."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import objectives
 from launch import config as config_lib
 from launch import distillation, responses, start
 from launch.config import ConfigError
-from launch.step import Batch, Loss, language_model_loss
+from launch.step import Batch, Loss, as_rows, language_model_loss
 from objectives import LossOutput, Objective
 from objectives import diffusion as diffusion_lib
 from objectives.registry import OBJECTIVES
@@ -18,7 +19,13 @@ from zoo.core.params import Tree
 from zoo.core.registry import check_keys
 from zoo.models import Model
 
-REFERENCE = ("ref", "ref_chosen", "ref_rejected", "ref_kl")  # statistics of the teacher, which is the reference model
+REFERENCE = (
+    "ref",
+    "ref_chosen",
+    "ref_rejected",
+    "ref_kl",
+    "ref_nll",
+)  # statistics of the teacher, which is the reference model
 
 
 class Losses(NamedTuple):
@@ -102,6 +109,8 @@ def make(plain: dict[str, Any], model: Model, initial, restore) -> Losses:
         loss = diffusion_loss(model, plain["objective"], implementation)
         return Losses(loss, loss, source)
     loss = language_model_loss(model, objective, implementation)
+    if source is not None:
+        return Losses(selective_loss(model, source[0], objective, implementation), judge, source)
     return Losses(loss, loss, source)
 
 
@@ -191,6 +200,21 @@ def reward_loss(name: str, objective: Objective, model: Model, implementation: s
             available["score_rejected"] = scores[:, 1]
         available["mask"] = (batch["loss_mask"].sum(axis=(1, 2)) > 0).astype(jnp.float32)
         return objective(**_bind(name, available))
+
+    return loss
+
+
+def selective_loss(model: Model, reference: Model, objective: Objective, implementation: str | None = None) -> Loss:
+    """An objective of language models that takes the losses of tokens under a reference (`ref_nll`)."""
+
+    def loss(params: Tree, batch: Batch, key: jax.Array, reference_params: Tree) -> LossOutput:
+        del key
+        rows = as_rows(batch)
+        ctx = SeqContext(positions=rows["positions"], segment_ids=rows["segment_ids"])
+        run = functools.partial(Model.apply, tokens=rows["tokens"], ctx=ctx, implementation=implementation)
+        of_reference = jax.lax.stop_gradient(run(reference, params=reference_params).logits)
+        ref_nll = -objectives.token_logps(of_reference, rows["targets"], rows["loss_mask"])
+        return objective(run(model, params=params).logits, rows["targets"], rows["loss_mask"], ref_nll)
 
     return loss
 

@@ -26,6 +26,7 @@ from objectives.optimizers.registry import (
     state_bytes,
 )
 from objectives.optimizers.schedules import SCHEDULES
+from objectives.optimizers.token_count import scale_by_token_count
 
 __all__ = [
     "OPTIMIZERS",
@@ -44,6 +45,7 @@ __all__ = [
     "psgd",
     "psgd_low_rank",
     "register",
+    "scale_by_token_count",
     "sgd_sai",
     "shampoo",
     "state_bytes",
