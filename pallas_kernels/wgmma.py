@@ -109,7 +109,7 @@ def multiply_parts(
     a: Sequence[Any], b: Sequence[Any], onto: jax.Array | None = None, *, transpose: bool = False
 ) -> jax.Array:
     """`multiply` of matrices in parts, the smallest terms first."""
-    pairs = [(a[i], b[j]) for i in reversed(range(len(a))) for j in reversed(range(len(b) - i))]
+    pairs: list[tuple[Any, Any]] = [(a[i], b[j]) for i in reversed(range(len(a))) for j in reversed(range(len(b) - i))]
     if interpreted():
         for x, y in pairs:
             onto = _multiply_values(x, y, onto, transpose)

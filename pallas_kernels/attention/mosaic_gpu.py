@@ -123,6 +123,44 @@ class Band(NamedTuple):
         return jnp.right_shift(index, self.blocks.step.bit_length() - 1)  # sizes are powers of two
 
 
+def bounded(product, scale: float, soft_cap: float | None) -> tuple[jax.Array, jax.Array | None]:
+    """Scores in units of log 2 from the products of queries and keys, and the tanh that bounds them."""
+    if soft_cap is None:
+        return product * (scale * LOG2_E), None
+    # The chip's own tanh has 11 bits; this one is exact to a float32 epsilon of the bound.
+    e = jnp.exp2(product * (2 * scale * LOG2_E / soft_cap))
+    tanh = 1.0 - 2.0 / (1.0 + e)
+    return tanh * (soft_cap * LOG2_E), tanh
+
+
+class Softmax(NamedTuple):
+    """An online softmax of rows: sums of weighted values, the largest score, the sum of weights (arXiv:1805.02867)."""
+
+    acc: jax.Array
+    peak: jax.Array
+    total: jax.Array
+
+    @classmethod
+    def start(cls, rows: int, width: int) -> "Softmax":
+        """Of no scores."""
+        return cls(full((rows, width), 0.0, MATRIX), full((rows,), -jnp.inf, ROWS), full((rows,), 0.0, ROWS))
+
+    def update(self, s, attend: Callable[[jax.Array, jax.Array], jax.Array], *, masked: bool) -> "Softmax":
+        """With scores s; `attend(p, acc)` adds the values weighted by p to acc."""
+        peak = jnp.maximum(self.peak, jnp.max(s, axis=1))
+        shift = jnp.where(peak == -jnp.inf, 0.0, peak) if masked else peak
+        p, decay = jnp.exp2(s - across(shift, s.shape, 0)), jnp.exp2(self.peak - shift)
+        total = self.total * decay + jnp.sum(p, axis=1)
+        return Softmax(attend(p, self.acc * across(decay, self.acc.shape, 0)), peak, total)
+
+    def finish(self) -> tuple[jax.Array, jax.Array]:
+        """The attended values and the log-sum-exp, 0 and -inf where nothing is seen."""
+        share = 1.0 / jnp.where(self.total > 0, self.total, 1.0)
+        y = self.acc * across(share, self.acc.shape, 0)
+        # Where nothing is seen the peak is -inf; where something is, the total is at least 1.
+        return y, self.peak * (1 / LOG2_E) + jnp.log(jnp.maximum(self.total, 1.0))
+
+
 class Scores(NamedTuple):
     """How scores come from products: what every kernel needs beside its blocks."""
 
@@ -133,12 +171,7 @@ class Scores(NamedTuple):
 
     def scores(self, product) -> tuple[jax.Array, jax.Array | None]:
         """Scores in units of log 2, bounded but not masked, and the tanh that bounds them."""
-        if self.soft_cap is None:
-            return product * (self.scale * LOG2_E), None
-        # The chip's own tanh has 11 bits; this one is exact to a float32 epsilon of the bound.
-        e = jnp.exp2(product * (2 * self.scale * LOG2_E / self.soft_cap))
-        tanh = 1.0 - 2.0 / (1.0 + e)
-        return tanh * (self.soft_cap * LOG2_E), tanh
+        return bounded(product, self.scale, self.soft_cap)
 
     def hide(self, s, q_start, kv_start, q_documents, kv_documents, q_axis: int) -> jax.Array:
         """Scores with -inf where the query, along `q_axis`, does not see the key."""
@@ -243,16 +276,21 @@ def supports(q, k, v, q_positions, *rest, **options) -> None:
 
 
 def kernel(
-    name: str, body: Callable[..., None], out_type: Any, scratch: Any, grid: dict[str, int]
+    name: str,
+    body: Callable[..., None],
+    out_type: Any,
+    scratch: Any,
+    grid: dict[str, int],
+    consumers: int = CONSUMERS,
 ) -> Callable[..., Any]:
-    """`body` as a kernel of `CONSUMERS` warpgroups that compute and one that copies."""
+    """`body` as a kernel of `consumers` warpgroups that compute and one that copies."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=CONSUMERS + 1,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
@@ -260,18 +298,22 @@ def kernel(
     )
 
 
-def roles(consume: Callable[[Any], None], produce: Callable[[], None]) -> None:
+def roles(consume: Callable[[Any], None], produce: Callable[[], None], consumers: int = CONSUMERS) -> None:
     """Has consumer warpgroups call `consume(index)` and the last one `produce()`."""
     index = jax.lax.axis_index("warpgroup")
 
-    @pl.when(index < CONSUMERS)
+    def set_registers(count, action):
+        if consumers > 1:  # two warpgroups have all that a thread can address
+            plgpu.set_max_registers(count, action=action)
+
+    @pl.when(index < consumers)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        set_registers(232, "increase")
         consume(index)
 
-    @pl.when(index == CONSUMERS)
+    @pl.when(index == consumers)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        set_registers(40, "decrease")
         produce()
 
 
@@ -295,11 +337,11 @@ def write(*outputs: tuple[jax.Array, Any, Any]) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def stream_barriers(slots: int, copies: int) -> tuple[Any, Any]:
-    """The barriers of a `Stream` whose steps are so many copies."""
+def stream_barriers(slots: int, copies: int, readers: int = CONSUMERS) -> tuple[Any, Any]:
+    """The barriers of a `Stream` whose steps are so many copies, each read by so many warpgroups."""
     return (
         plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
-        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
     )
 
 
@@ -338,30 +380,21 @@ def _forward_kernel(scores: Scores, ratio: int, *refs):
         q_marks = load(marks[0].at[index], ROWS) if documents else None
 
         def update(step, carry, *, masked):
-            acc, peak, total = carry
             slot = stream.take(step - first)
-            s, _ = scores.scores(
-                multiply_parts(split_ref(q, count), split_ref(k_smem.at[slot], count), transpose=True)
-            )
+            s, _ = scores.scores(multiply_parts(split_ref(q, count), split_ref(k_smem.at[slot], count), transpose=True))
             if masked:
                 kv_marks = load(marks[1].at[slot], COLUMNS) if documents else None
                 s = scores.hide(s, q_start, step * blocks.step, q_marks, kv_marks, q_axis=0)
-            new_peak = jnp.maximum(peak, jnp.max(s, axis=1))
-            shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak) if masked else new_peak
-            p, decay = jnp.exp2(s - across(shift, s.shape, 0)), jnp.exp2(peak - shift)
-            total = total * decay + jnp.sum(p, axis=1)
-            p = split_array(p, count, q_ref.dtype)
-            acc = multiply_parts(p, split_ref(v_smem.at[slot], count), acc * across(decay, acc.shape, 0))
-            stream.release(slot)
-            return acc, new_peak, total
 
-        shape = (blocks.rows, y_ref.shape[3])
-        start = full(shape, 0.0, MATRIX), full(shape[:1], -jnp.inf, ROWS), full(shape[:1], 0.0, ROWS)
-        acc, peak, total = scores.loop(bounds, update, start)
-        share = 1.0 / jnp.where(total > 0, total, 1.0)
-        # Where nothing is seen the peak is -inf; where something is, the total is at least 1.
-        lse = peak * (1 / LOG2_E) + jnp.log(jnp.maximum(total, 1.0))
-        write((acc * across(share, shape, 0), y_ref.at[b, rows, h], y), (lse, lse_ref.at[b, h, rows], lse_smem.at[index]))
+            def attend(p, acc):
+                return multiply_parts(split_array(p, count, q_ref.dtype), split_ref(v_smem.at[slot], count), acc)
+
+            carry = carry.update(s, attend, masked=masked)
+            stream.release(slot)
+            return carry
+
+        out, lse = scores.loop(bounds, update, Softmax.start(blocks.rows, y_ref.shape[3])).finish()
+        write((out, y_ref.at[b, rows, h], y), (lse, lse_ref.at[b, h, rows], lse_smem.at[index]))
 
     roles(consume, produce)
 
