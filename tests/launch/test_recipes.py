@@ -20,7 +20,8 @@ def tiny(config, steps, start=None):
     config.model.update(width=16, layers=1, heads=2, kv_heads=1, hidden=24)
     config.steps, config.batch_size = steps, 8
     config.optimizer.schedule.warmup_steps = 2
-    config.optimizer.schedule.steps = 40
+    config.optimizer.schedule.steps = 100
+    config.optimizer.learning_rate = 2e-2 if start is None else 5e-3
     config.evaluate.every, config.checkpoint.every, config.log.every = 0, 0, 1000
     config.evaluate.batches = 1
     config.data.source.update(high=9, train_examples=200, validation_examples=8)
@@ -38,7 +39,7 @@ def column(workdir, name):
 def tuned(tmp_path_factory):
     """The workdir of a fine-tuned model."""
     workdir = tmp_path_factory.mktemp("sft")
-    train.run(tiny(sft.get_config(), 40), workdir)
+    train.run(tiny(sft.get_config(), 100), workdir)
     return workdir
 
 
