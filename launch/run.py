@@ -23,7 +23,7 @@ from launch.checkpoints import Checkpoints
 from launch.step import TrainState
 from zoo.adapters import lora
 from zoo.core import sharding
-from zoo.core.params import Tree, partition
+from zoo.core.params import Tree, abstract, partition
 from zoo.core.registry import check_keys
 from zoo.core.sharding import Rules
 from zoo.models import Model, carry_over, conversion, create
@@ -175,6 +175,7 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
     with config_lib.at("optimizer"):
         trained = specs if trainable is None else partition(specs, trainable)[0]
         optimizer, schedule = optimizer_lib.make(plain["optimizer"], trained)
+        jax.eval_shape(optimizer.init, abstract(trained))  # what it refuses is the optimiser's fault, not the mesh's
     ema = plain["ema_decay"] > 0
     train_loss, eval_loss, source = _losses(plain, model, initial, restore)
     options = {"seed": plain["seed"], "ema": ema, "trainable": trainable}

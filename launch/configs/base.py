@@ -35,6 +35,7 @@ def get_config() -> Any:
     config.trainable = ("*",)
     config.frozen = ()
     config.objective = {"name": "cross_entropy"}
+    # name: any of `python -m objectives.catalog --category optimizer`, whose options stand beside it.
     config.optimizer = {
         "name": "adamw",
         "learning_rate": 1e-3,
