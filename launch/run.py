@@ -27,7 +27,7 @@ from launch.step import TrainState
 from pipelines import ResponseDataset
 from zoo.adapters import lora
 from zoo.core import sharding
-from zoo.core.params import Tree, partition
+from zoo.core.params import Tree, abstract, partition
 from zoo.core.registry import check_keys
 from zoo.core.sharding import Rules
 from zoo.models import Model, carry_over, conversion, create
@@ -218,6 +218,7 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
     with config_lib.at("optimizer"):
         trained = specs if trainable is None else partition(specs, trainable)[0]
         optimizer, schedule = optimizer_lib.make(plain["optimizer"], trained)
+        jax.eval_shape(optimizer.init, abstract(trained))  # what it refuses is the optimiser's fault, not the mesh's
     ema = plain["ema_decay"] > 0
     losses = losses_lib.make(plain, model, initial, restore)
     source = losses.source

@@ -39,7 +39,7 @@ def get_config() -> Any:
     config.objective = {"name": "cross_entropy"}
     # Responses that are drawn in training: "none"; "policy", `samples` for each prompt, of the model itself, for
     # objectives of rewards; "teacher", a rejected response to each prompt, of the teacher. reward: a name of
-    # pipelines.REWARDS. advantages: group, group_unscaled or leave_one_out.
+    # pipelines.rewards.REWARDS. advantages: group, group_unscaled or leave_one_out.
     config.rollout = {
         "name": "none",
         "samples": 8,
@@ -48,6 +48,7 @@ def get_config() -> Any:
         "reward": "exact_match",
         "advantages": "group",
     }
+    # name: any of `python -m objectives.catalog --category optimizer`, whose options stand beside it.
     config.optimizer = {
         "name": "adamw",
         "learning_rate": 1e-3,

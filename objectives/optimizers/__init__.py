@@ -12,8 +12,10 @@ from objectives.optimizers import (
     layout,
     psgd,
     psgd_low_rank,
+    scaling,
     sgd_sai,
     shampoo,
+    welore,
 )
 from objectives.optimizers.layout import Layout
 from objectives.optimizers.registry import (
@@ -46,7 +48,9 @@ __all__ = [
     "psgd_low_rank",
     "register",
     "scale_by_token_count",
+    "scaling",
     "sgd_sai",
     "shampoo",
     "state_bytes",
+    "welore",
 ]

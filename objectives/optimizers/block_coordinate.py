@@ -174,10 +174,10 @@ def _layerwise(
 
         trees = (params, layouts, decayed, state.projectors, state.mu, state.nu)
         step, *rest = common.map_tuple(4, one, updates, *trees)
-        steps = optax.safe_increment(state.steps)
+        steps = common.increment(state.steps)
         return step, LayerwiseState(steps, choice, since + 1, ids, state.outside + 1, *rest)
 
-    return optax.GradientTransformation(init, update)
+    return common.transformation(init, update)
 
 
 def _key(seed: int, number: jax.Array) -> jax.Array:

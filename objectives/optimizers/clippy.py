@@ -113,6 +113,6 @@ def clippy_adagrad(
 
         how = layout_lib.resolve(layout, updates)
         step, squares = common.map_tuple(2, one, updates, common.need_params(params), state.squares, how)
-        return common.cast_like(step, updates), ClippyAdagradState(optax.safe_increment(state.count), squares)
+        return common.cast_like(step, updates), ClippyAdagradState(common.increment(state.count), squares)
 
-    return optax.GradientTransformation(init, update)
+    return common.transformation(init, update)

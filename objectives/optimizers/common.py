@@ -10,6 +10,17 @@ import optax
 from zoo.core.params import Tree
 
 
+def transformation(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> optax.GradientTransformation:
+    """GradientTransformation of functions that are typed by their own states."""
+    untyped: Any = (init, update)
+    return optax.GradientTransformation(*untyped)
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """count + 1, at most the largest int32."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
 def state_dtype(x: Any) -> Any:
     """float32 for parameters of less precision, else their own dtype."""
     return jnp.promote_types(x.dtype, jnp.float32)

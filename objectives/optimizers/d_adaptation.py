@@ -93,12 +93,12 @@ def dadapt_sgd(
         bound = 2.0 * numerator / jnp.where(length > 0, length, 1.0)
         d = _grown(state.estimate, bound, growth_rate)
         new = jax.tree.map(lambda x0, s, x: (1.0 - momentum) * (x0 - s - x), state.start, s, x)
-        count = optax.safe_increment(state.count)
-        scalars = (v.astype(o.dtype) for v, o in ((d, state.estimate), (first, state.first_norm)))
-        numerator = numerator.astype(state.numerator.dtype)
-        return common.cast_like(new, updates), DAdaptSGDState(count, *scalars, numerator, state.start, s)
+        scalars = {"estimate": d, "first_norm": first, "numerator": numerator}
+        scalars = {name: value.astype(jnp.float32) for name, value in scalars.items()}
+        state = state._replace(count=common.increment(state.count), weighted=s, **scalars)
+        return common.cast_like(new, updates), state
 
-    return optax.GradientTransformation(init, update)
+    return common.transformation(init, update)
 
 
 class DAdaptAdaGradState(NamedTuple):
@@ -169,7 +169,7 @@ def dadapt_adagrad(
         bound = (of_sum - of_gradients) / jnp.where(length > 0, length, 1.0)
         d = _grown(state.estimate, bound, growth_rate).astype(state.estimate.dtype)
         new = jax.tree.map(lambda x0, s, a, x: (1.0 - momentum) * (x0 - s / a - x), state.start, s, root, x)
-        count, of_gradients = optax.safe_increment(state.count), of_gradients.astype(state.weighted_squares.dtype)
+        count, of_gradients = common.increment(state.count), of_gradients.astype(state.weighted_squares.dtype)
         return common.cast_like(new, updates), DAdaptAdaGradState(count, d, of_gradients, state.start, s, squares)
 
-    return optax.GradientTransformation(init, update)
+    return common.transformation(init, update)

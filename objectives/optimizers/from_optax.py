@@ -3,7 +3,8 @@
 Those whose `update` needs more than gradients and parameters (the loss: polyak_sgd, momo, lbfgs; a second gradient:
 sam, sophia) are not here, for a training step has one gradient and no loss to give them; nor are wrappers (lookahead,
 mechanize), which take an optimiser. A leaf that stacks layers is one tensor to those that take norms or factors of
-tensors (lamb, lars, novograd, adafactor, sm3); muon alone of these sees its layers.
+tensors (lamb, lars, novograd, adafactor, sm3); muon alone of these sees its layers. optax keeps moments in the dtype of
+the parameters, and dog and prodigy do not leave their start in bfloat16: launch trains in float32.
 """
 
 import functools

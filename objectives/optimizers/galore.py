@@ -18,8 +18,9 @@ from zoo.core.registry import check_choice
 SIDES = ("smaller", "larger")
 
 
-def projects_rows(rows: int, columns: int, side: str) -> bool:
-    """Whether the projected gradient is P' G, P [rows, r], and not G P, P [columns, r]."""
+def projects_rows(shape: tuple[int, ...], side: str) -> bool:
+    """Whether the projected gradient of [L, rows, columns] is P' G, P [rows, r], and not G P, P [columns, r]."""
+    _, rows, columns = shape
     return (rows < columns) if side == "smaller" else (rows >= columns)
 
 
@@ -30,7 +31,7 @@ def projector(matrices: jax.Array, rank: int, side: str) -> jax.Array:
     positive: on all platforms the same.
     """
     u, _, vt = jnp.linalg.svd(matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32)), full_matrices=False)
-    chosen = u if projects_rows(*matrices.shape[1:], side) else jnp.swapaxes(vt, 1, 2)
+    chosen = u if projects_rows(matrices.shape, side) else jnp.swapaxes(vt, 1, 2)
     chosen = chosen[:, :, :rank]
     largest = jnp.take_along_axis(chosen, jnp.argmax(jnp.abs(chosen), axis=1, keepdims=True), axis=1)
     return chosen * jnp.where(largest < 0, -1.0, 1.0)
@@ -38,14 +39,14 @@ def projector(matrices: jax.Array, rank: int, side: str) -> jax.Array:
 
 def project(matrices: jax.Array, p: jax.Array, side: str) -> jax.Array:
     """[L, r, columns] or [L, rows, r]."""
-    if projects_rows(*matrices.shape[1:], side):
+    if projects_rows(matrices.shape, side):
         return jnp.einsum("lmr,lmn->lrn", p, matrices)
     return jnp.einsum("lmn,lnr->lmr", matrices, p)
 
 
 def project_back(low: jax.Array, p: jax.Array, shape: tuple[int, ...], side: str) -> jax.Array:
     """The inverse on the space that P spans; `shape` is that of the matrices, [L, rows, columns]."""
-    if projects_rows(*shape[1:], side):
+    if projects_rows(shape, side):
         return jnp.einsum("lmr,lrn->lmn", p, low)
     return jnp.einsum("lmr,lnr->lmn", low, p)
 
@@ -54,7 +55,7 @@ def low_shapes(shape: tuple[int, int, int], rank: int, side: str) -> tuple[tuple
     """Shapes of the projector and of the projected gradient of matrices [L, rows, columns]."""
     layers, rows, columns = shape
     rank = min(rank, rows, columns)
-    if projects_rows(rows, columns, side):
+    if projects_rows(shape, side):
         return (layers, rows, rank), (layers, rank, columns)
     return (layers, columns, rank), (layers, rows, rank)
 
@@ -115,7 +116,7 @@ def scale_by_galore(
 
     def update(updates: Any, state: ScaleByGaloreState, params: Any = None) -> tuple[Any, ScaleByGaloreState]:
         del params
-        count = optax.safe_increment(state.count)
+        count = common.increment(state.count)
         renew = state.count % update_every == 0
 
         def one(g: jax.Array, how: Layout, p: Any, mu: jax.Array, nu: jax.Array) -> tuple[Any, ...]:
@@ -135,7 +136,7 @@ def scale_by_galore(
         step, *rest = common.map_tuple(4, one, updates, how, state.projectors, state.mu, state.nu)
         return step, ScaleByGaloreState(count, *rest)
 
-    return optax.GradientTransformation(init, update)
+    return common.transformation(init, update)
 
 
 @register("galore", papers=("2403.03507",), proof="test_layers.py::test_galore_against_the_authors_package")

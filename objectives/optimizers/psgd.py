@@ -189,7 +189,7 @@ def scale_by_kron(
 
     def update(updates: Any, state: KronState, params: Any = None) -> tuple[Any, KronState]:
         del params
-        count, since = optax.safe_increment(state.count), state.since + 1
+        count, since = common.increment(state.count), state.since + 1
         chance = probability(state.count) if callable(probability) else probability
         renew = since >= 1.0 / chance
         balance = renew & (state.renewed % BALANCE_EVERY == BALANCE_EVERY - 1)
@@ -218,7 +218,7 @@ def scale_by_kron(
         white, momentum, factors = common.map_tuple(3, one, updates, how, state.momentum, state.factors)
         return white, KronState(count, jnp.where(renew, 0, since), state.renewed + renew, momentum, factors)
 
-    return optax.GradientTransformation(init, update)
+    return common.transformation(init, update)
 
 
 @register("psgd_kron", papers=("1512.04202", "1809.10232"), proof="test_psgd.py::test_kron_against_the_package")

@@ -155,7 +155,7 @@ def scale_by_psgd_low_rank(
 
     def update(updates: Any, state: LowRankState, params: Any = None) -> tuple[Any, LowRankState]:
         del params
-        g, count = common.raised(updates), optax.safe_increment(state.count)
+        g, count = common.raised(updates), common.increment(state.count)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), count), 3)
 
         def renewed() -> LowRank:
@@ -175,7 +175,7 @@ def scale_by_psgd_low_rank(
         white = precondition(q, jax.tree.map(lambda m: m / (1 - b1**count), momentum))
         return common.cast_like(white, updates), LowRankState(count, momentum, q)
 
-    return optax.GradientTransformation(init, update)
+    return common.transformation(init, update)
 
 
 @register("psgd_low_rank", papers=("2402.04553", "2211.04422"), proof="test_psgd.py::test_low_rank_against_the_package")

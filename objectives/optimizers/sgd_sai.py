@@ -62,9 +62,9 @@ def scale_by_sai(
         )
         m = jax.tree.map(lambda m, g: jnp.where(first, g, momentum * m + (1.0 - momentum) * g), state.momentum, g)
         scaled = common.cast_like(jax.tree.map(jnp.multiply, gain, m), updates)
-        return scaled, ScaleBySaiState(optax.safe_increment(state.count), gain, m)
+        return scaled, ScaleBySaiState(common.increment(state.count), gain, m)
 
-    return optax.GradientTransformation(init, update)
+    return common.transformation(init, update)
 
 
 @register("sgd_sai", papers=("2412.11768",), proof="test_parity.py::test_sgd_sai_against_the_authors_package")

@@ -187,7 +187,7 @@ def scale_by_shampoo(
 
     def update(updates: Any, state: ShampooState, params: Any = None) -> tuple[Any, ShampooState]:
         del params
-        count = optax.safe_increment(state.count)
+        count = common.increment(state.count)
 
         def one(g: jax.Array, how: Layout, sides: Any) -> tuple[Any, Any]:
             if sides is None:
@@ -228,7 +228,7 @@ def scale_by_shampoo(
         white, sides = common.map_tuple(2, one, updates, how, state.sides)
         return white, ShampooState(count, sides)
 
-    return optax.GradientTransformation(init, update)
+    return common.transformation(init, update)
 
 
 @register("shampoo", papers=("2405.18144", "1802.09568"), proof="test_shampoo.py::test_32_bits_against_numpy")
@@ -260,7 +260,7 @@ def shampoo(
 
     L = V diag(lambda) V' is kept as lambda in float32 and V in codes of `codebook`, in blocks of a column; V is
     rectified before it is used, and follows L by one step of orthogonal iteration. Roots keep their diagonal in
-    float32. L begins at eps 1, its root at 1. Intervals, rectifications and the step of the norm are those of the authors' code
+    float32. L begins at eps 1, its root at 1. Intervals, rectifications and the norm are as in the authors' code
     (ShampooAdamW). There sides above `max_size` are split into blocks; here such a side has no preconditioner. Each
     layer of a stacked leaf is a matrix of its own; leaves that are no matrices have AdamW alone.
     State of a side n in four bits: n^2 bytes, and AdamW's 8 bytes a parameter.
@@ -314,4 +314,4 @@ def _adam_in_float32(b1: float, b2: float, eps: float) -> optax.GradientTransfor
         step, state = adam.update(common.raised(updates), state)
         return common.cast_like(step, updates), state
 
-    return optax.GradientTransformation(lambda params: adam.init(common.raised(params)), update)
+    return common.transformation(lambda params: adam.init(common.raised(params)), update)

@@ -1,10 +1,14 @@
-"""Run in its own process with eight simulated devices: sharded = unsharded. See test_battery.py."""
+"""Run in its own process with eight simulated devices, with names of optimisers: sharded = unsharded.
+
+See test_battery.py.
+"""
+
+import sys
 
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from objectives import optimizers
 from tests.optimizers import problem
 from tests.trees import FLOAT32_TOLERANCE, assert_trees_close, fast_jit
 from zoo.core.compat import make_mesh
@@ -22,22 +26,23 @@ SPLIT = {
 
 def steps(optimizer, loss):
     def run(params):
-        state = optimizer.init(params)
-        for _ in range(3):
+        def step(carry, _):
+            params, state = carry
             updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, updates)
-        return params
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), None, length=3)[0][0]
 
     return run
 
 
-def main():
+def main(names):
     assert jax.device_count() == 8
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPLIT)
     params, loss = problem.draw(0), problem.loss_of(0)
     placed = jax.device_put(params, shardings)
-    for name in optimizers.list_optimizers("here"):
+    for name in names:
         run = steps(problem.build(name), loss)
         want = fast_jit(run)(params)
         have = fast_jit(run, out_shardings=shardings)(placed)
@@ -47,4 +52,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -13,7 +13,9 @@ from tests.trees import assert_close, fast_jit
 KRON = 3e-5  # twenty steps of triangular solves in float32 on both sides
 
 
-@pytest.mark.parametrize(("case", "diagonal"), [("kron", "none"), ("kron_one_diag", "largest")])
+@pytest.mark.parametrize(
+    ("case", "diagonal"), [("kron", "none"), pytest.param("kron_one_diag", "largest", marks=pytest.mark.slow)]
+)
 def test_kron_against_the_package(case, diagonal, monkeypatch):
     """With the package's probes; leaves are matrices as it merges them."""
     expected, probes = goldens.tensors(case), goldens.tensors(f"{case}/probe")
@@ -87,7 +89,7 @@ def test_factors_are_updated_as_often_as_asked():
     """Every fourth step with probability 1/4; the annealed one is 1 until step 500 and 0.03 from 4007 on."""
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(0, 1, (3, 2)), jnp.float32)}
     optimizer = optimizers.create("psgd_kron", 0.1, update_probability=0.25)
-    update, state, renewed = jax.jit(optimizer.update), optimizer.init(params), []
+    update, state, renewed = fast_jit(optimizer.update), optimizer.init(params), []
     for _ in range(9):
         state = update(params, state, params)[1]
         renewed.append(int(state[0].renewed))
@@ -114,6 +116,7 @@ def test_low_rank_against_the_package():
     assert 0 < given["coin"].sum() < len(given["coin"])
 
 
+@pytest.mark.slow
 def test_low_rank_becomes_the_inverse_hessian():
     """With h = H v for a positive H = diag + rank 2, P approaches H^-1: |P H - 1| falls to a tenth."""
     rng = np.random.default_rng(0)
