@@ -1,5 +1,7 @@
 """Arithmetic of parameter trees by loops in float64, and trees that do not fit."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,18 @@ def test_sce_is_its_definition(keep):
     have = objectives.sce_merge(BASE, [ONE, TWO, THREE], keep=keep)
     want = [sce(b, x, keep) for b, *x in zip(*map(wide, (BASE, ONE, TWO, THREE)), strict=True)]
     assert_equal(have, want)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.45, 1.0])
+def test_sce_is_that_of_mergekit(keep):
+    """mergekit 0.1.5; see tests/goldens/make_merge_goldens.py."""
+    golden = np.load(Path(__file__).parents[1] / "goldens" / "mergekit_sce.npz")
+    names = ("matrix", "vector", "stack")
+    base = {name: jnp.asarray(golden[f"{name}/base"]) for name in names}
+    tuned = [{name: jnp.asarray(golden[f"{name}/tuned"][k]) for name in names} for k in range(3)]
+    merged = objectives.sce_merge(base, tuned, keep=keep)
+    for name in names:
+        np.testing.assert_allclose(merged[name], golden[f"{name}/{keep}"], rtol=F32, atol=F32, err_msg=name)
 
 
 def test_sce_where_it_is_known():

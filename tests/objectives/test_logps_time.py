@@ -44,7 +44,7 @@ def test_log_probabilities_cost_little_beside_the_logits(width, name):
 
     Measured on two cores of an AMD EPYC with other work beside it, at widths 512, 1024, 2048 and 4096:
     linear_sequence_logps 1.01, 1.04, 1.03, 0.96 times, as it never writes the logits out; sequence_logps of the logits
-    1.27, 1.15, 1.06, 0.97 times. The bound does not hold for the latter at small widths, nor can it: the exponentials of
+    1.27, 1.15, 1.06, 0.97 times. The latter does not hold the bound at small widths, and cannot: the exponentials of
     the logits alone take 0.16 times the product at width 512.
     """
     found = times(width)
