@@ -11,7 +11,7 @@ import mergekit.merge_methods.sce as oracle
 import numpy as np
 import torch
 
-SHAPES = {"matrix": (6, 7), "vector": (9,), "stack": (2, 3, 4)}
+SHAPES = {"matrix": (4, 5), "vector": (7,), "stack": (3, 2, 2)}
 MODELS, KEEPS = 3, (0.0, 0.1, 0.45, 1.0)
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         base = rng.normal(size=shape).astype(np.float32)
         tuned = (base + rng.normal(size=(MODELS, *shape))).astype(np.float32)
-        # Entries that all models changed alike, by a number whose mean over models is exact: a variance that is 0 but for
+        # Entries that all models changed alike, by a number whose mean is exact: a variance that is 0 but for
         # rounding would count as one that is not.
         base[..., 0], tuned[:, ..., 0] = 0.0, 0.125
         tuned[:, ..., 1] = base[..., 1]  # entries that none did

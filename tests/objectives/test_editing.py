@@ -128,10 +128,11 @@ def test_sce_is_that_of_mergekit(keep):
 
 
 def test_sce_where_it_is_known():
-    assert_equal(objectives.sce_merge(BASE, [ONE], keep=1.0), wide(ONE))
-    assert_equal(objectives.sce_merge(BASE, [ONE, ONE], keep=1.0), wide(ONE))
-    assert_equal(objectives.sce_merge(BASE, [ONE, ONE], keep=0.9), wide(BASE))  # nothing varies
-    assert_equal(objectives.sce_merge(BASE, [BASE, BASE], keep=1.0), wide(BASE))
+    assert_equal(objectives.sce_merge(BASE, [ONE] * 3, keep=1.0), wide(ONE))
+    assert_equal(objectives.sce_merge(BASE, [ONE] * 3, keep=0.9), wide(BASE))  # nothing varies
+    assert_equal(objectives.sce_merge(BASE, [BASE] * 3, keep=1.0), wide(BASE))
+    one = [{"b": tree["layer"]["b"]} for tree in (BASE, ONE)]
+    assert_equal(objectives.sce_merge(one[0], one[1:], keep=1.0), wide(one[1]))
 
 
 def test_dtypes_stay_and_sums_are_wide():
