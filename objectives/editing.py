@@ -192,7 +192,7 @@ def sce_merge(base: Tree, tuned: Sequence[Tree], *, keep: float = 0.1) -> Tree:
       base + sum_k c_k e_k D_k / max(sum_k c_k e_k, 1e-6)
 
     The numbers of selected entries are rounded down; ties go to the earlier entry. The details that the paper leaves
-    open (the variance's divisor K, the floors of 1e-6, the sign of 0) are those of mergekit.
+    open (the variance's divisor K, the floors of 1e-6, the sign of 0) are those of mergekit. Not for traced arrays.
 
     Args:
       base: parameters that all were tuned from.
