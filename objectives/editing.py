@@ -192,7 +192,7 @@ def sce_merge(base: Tree, tuned: Sequence[Tree], *, keep: float = 0.1) -> Tree:
       base + sum_k c_k e_k D_k / max(sum_k c_k e_k, 1e-6)
 
     The numbers of selected entries are rounded down; ties go to the earlier entry. The details that the paper leaves
-    open (the variance's divisor K, the floors of 1e-6, the sign of 0) are those of mergekit.
+    open (the variance's divisor K, the floors of 1e-6, the sign of 0) are those of mergekit. Not for traced arrays.
 
     Args:
       base: parameters that all were tuned from.
@@ -214,9 +214,10 @@ def sce_merge(base: Tree, tuned: Sequence[Tree], *, keep: float = 0.1) -> Tree:
     def merge(base, *leaves):
         delta = jnp.stack(leaves).reshape(len(leaves), -1) - base.reshape(-1)
         if keep < 1.0:
-            variance = jnp.var(delta, axis=0)
-            number = math.floor(int(jnp.count_nonzero(variance)) * keep)
-            rank = jnp.argsort(jnp.argsort(-variance))
+            # Rounding can leave equal numbers a variance that is not 0.
+            varies = jnp.any(delta != delta[0], axis=0)
+            number = math.floor(int(jnp.count_nonzero(varies)) * keep)
+            rank = jnp.argsort(jnp.argsort(-jnp.where(varies, jnp.var(delta, axis=0), 0.0)))
             delta = jnp.where(rank < number, delta, 0.0)
         size = jnp.mean(jnp.square(delta), axis=1, keepdims=True)
         total = jnp.sum(size)

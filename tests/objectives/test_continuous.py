@@ -30,7 +30,9 @@ def test_vector_regression_is_its_definition(weighted):
         error = F.mse_loss(predictions, targets.detach(), reduction="none").sum(-1)
         return error * torch.tensor(mask) * (1 if weights is None else torch.tensor(weights))
 
-    check(lambda **x: objectives.vector_regression(**x, loss_mask=mask, weights=weights), equation, given)
+    check(
+        lambda **x: objectives.vector_regression(**x, loss_mask=mask, weights=weights), equation, given, compiled=True
+    )
     output = objectives.vector_regression(**given, loss_mask=mask, weights=weights)
     np.testing.assert_allclose(output.weight, mask.sum(), rtol=1e-6)
     error = ((given["predictions"] - given["targets"]) ** 2).sum(-1)
@@ -84,6 +86,7 @@ def test_melle_is_its_definition():
         lambda **x: melle(**x, mask=mask, stop=stop, kl=0.2, flux=0.3, halt=0.7, positive=13.0),
         given,
         2e-5,
+        compiled=True,
     )
     assert objectives.OBJECTIVES.get("melle").defaults == {
         "kl_weight": 0.1, "flux_weight": 0.5, "stop_weight": 1.0, "positive_weight": 100.0,

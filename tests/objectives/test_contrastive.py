@@ -1,5 +1,7 @@
 """InfoNCE against torch, and what takes no part in it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,25 @@ import torch
 
 import objectives
 from tests.objectives.oracle import check
+from tests.trees import fast_jit
 
 F32 = 5e-6
 PAIRS, FURTHER, WIDTH = 5, 3, 4
 
-info_nce = jax.jit(objectives.info_nce, static_argnames=("symmetric", "normalise"))
+
+@functools.partial(fast_jit, static_argnames=("symmetric",))
+def value_and_gradient(given, *valid, temperature=0.05, symmetric=False):
+    def loss(given):
+        output = objectives.info_nce(
+            **given,
+            **dict(zip(("valid", "valid_keys"), valid, strict=False)),
+            temperature=temperature,
+            symmetric=symmetric,
+        )
+        return output.loss_sum, output
+
+    (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(given)
+    return output, gradient
 
 
 def draw(seed=0):
@@ -34,12 +50,12 @@ def equation(queries, keys, *, temperature, symmetric, normalise):
 @pytest.mark.parametrize("normalise", [False, True])
 def test_is_torch(symmetric, normalise):
     options = {"temperature": 0.3, "symmetric": symmetric, "normalise": normalise}
-    check(info_nce, equation, draw(), 2e-5, **options)
+    check(objectives.info_nce, equation, draw(), 2e-5, compiled=True, **options)
 
 
 def test_metrics():
     given = draw(1)
-    output = info_nce(**given)
+    output, _ = value_and_gradient(given)
     q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (given["queries"], given["keys"]))
     table = q @ k.T
     assert float(output.weight) == PAIRS
@@ -56,13 +72,11 @@ def test_padding_takes_no_part(symmetric):
         "queries": np.where(valid[:, None], given["queries"], np.nan),
         "keys": np.where(everything[:, None], given["keys"], np.nan),
     }
-    loss = lambda x: info_nce(**x, valid=valid, valid_keys=keys, symmetric=symmetric)  # noqa: E731
-    output, gradient = loss(poisoned), jax.grad(lambda x: loss(x).loss_sum)(jax.tree.map(jnp.asarray, poisoned))
+    output, gradient = value_and_gradient(poisoned, valid, keys, symmetric=symmetric)
     alone = {"queries": given["queries"][valid != 0], "keys": given["keys"][everything != 0]}
-    want = info_nce(**alone, symmetric=symmetric)
+    want, slope = value_and_gradient(alone, symmetric=symmetric)
     for a, b in zip(jax.tree.leaves(output), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=F32)
-    slope = jax.grad(lambda x: info_nce(**x, symmetric=symmetric).loss_sum)(jax.tree.map(jnp.asarray, alone))
     for name, counted in (("queries", valid), ("keys", everything)):
         np.testing.assert_allclose(gradient[name][counted != 0], slope[name], rtol=1e-4, atol=F32)
         assert not np.any(gradient[name][counted == 0])
@@ -70,19 +84,20 @@ def test_padding_takes_no_part(symmetric):
 
 def test_where_it_is_known():
     """Equal scores: log of the number of keys. A pair alone has no loss. No valid pair, no weight."""
-    ones = jnp.ones((4, 3))
+    same = {"queries": jnp.ones((4, 3)), "keys": jnp.ones((4, 3))}
     for symmetric in (False, True):
-        output = info_nce(ones, ones, symmetric=symmetric)
-        np.testing.assert_allclose(output.loss_sum, 4 * np.log(4), rtol=F32)
-        assert float(info_nce(ones[:1], 2 * ones[:1], symmetric=symmetric).loss_sum) == 0.0
-        assert jax.tree.leaves(info_nce(ones, ones, jnp.zeros(4), symmetric=symmetric)) == [0.0] * 4
+        for valid, want in (([1, 1, 1, 1], 4 * np.log(4)), ([0, 0, 1, 0], 0.0), ([0, 0, 0, 0], 0.0)):
+            output, _ = value_and_gradient(same, np.array(valid), symmetric=symmetric)
+            np.testing.assert_allclose(output.loss_sum, want, rtol=F32, atol=1e-6)
+            assert float(output.weight) == sum(valid)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e18])
 def test_extremes_are_finite(scale):
     given = jax.tree.map(lambda x: jnp.asarray(scale * x), draw(3))
-    gradient = jax.grad(lambda x: info_nce(**x, temperature=0.01, symmetric=True).loss_sum)(given)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    assert all(
+        np.isfinite(x).all() for x in jax.tree.leaves(value_and_gradient(given, temperature=0.01, symmetric=True))
+    )
 
 
 def test_refusals():

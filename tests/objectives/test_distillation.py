@@ -222,7 +222,7 @@ def test_feature_distillation_is_its_definition(form, projected):
     def objective(features, teacher, projection=None):
         return objectives.feature_distillation(features, teacher, mask, projection, form=form)
 
-    check(objective, equation, given, 2e-5)
+    check(objective, equation, given, 2e-5, compiled=True)
     assert float(objective(**given).weight) == mask.sum()
     same = objectives.feature_distillation(given["teacher"], given["teacher"], mask, form=form)
     assert abs(float(same.loss_sum)) < 1e-5

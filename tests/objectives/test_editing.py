@@ -1,5 +1,7 @@
 """Arithmetic of parameter trees by loops in float64, and trees that do not fit."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,11 +115,24 @@ def test_sce_is_its_definition(keep):
     assert_equal(have, want)
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.45, 1.0])
+def test_sce_is_that_of_mergekit(keep):
+    """mergekit 0.1.5; see tests/goldens/make_merge_goldens.py."""
+    golden = np.load(Path(__file__).parents[1] / "goldens" / "mergekit_sce.npz")
+    names = ("matrix", "vector", "stack")
+    base = {name: jnp.asarray(golden[f"{name}/base"]) for name in names}
+    tuned = [{name: jnp.asarray(golden[f"{name}/tuned"][k]) for name in names} for k in range(3)]
+    merged = objectives.sce_merge(base, tuned, keep=keep)
+    for name in names:
+        np.testing.assert_allclose(merged[name], golden[f"{name}/{keep}"], rtol=F32, atol=F32, err_msg=name)
+
+
 def test_sce_where_it_is_known():
-    assert_equal(objectives.sce_merge(BASE, [ONE], keep=1.0), wide(ONE))
-    assert_equal(objectives.sce_merge(BASE, [ONE, ONE], keep=1.0), wide(ONE))
-    assert_equal(objectives.sce_merge(BASE, [ONE, ONE], keep=0.9), wide(BASE))  # nothing varies
-    assert_equal(objectives.sce_merge(BASE, [BASE, BASE], keep=1.0), wide(BASE))
+    assert_equal(objectives.sce_merge(BASE, [ONE] * 3, keep=1.0), wide(ONE))
+    assert_equal(objectives.sce_merge(BASE, [ONE] * 3, keep=0.9), wide(BASE))  # nothing varies
+    assert_equal(objectives.sce_merge(BASE, [BASE] * 3, keep=1.0), wide(BASE))
+    one = [{"b": tree["layer"]["b"]} for tree in (BASE, ONE)]
+    assert_equal(objectives.sce_merge(one[0], one[1:], keep=1.0), wide(one[1]))
 
 
 def test_dtypes_stay_and_sums_are_wide():

@@ -1,5 +1,7 @@
 """Selective language modelling against sorted lists, and where its scopes agree."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,15 @@ def chosen(excess, mask, ratio, groups):
     return keep
 
 
+@functools.lru_cache
+def compiled(*options):
+    def loss(logits, ref_nll, targets, mask, ratio):
+        output = objectives.selective_cross_entropy(logits, targets, mask, ref_nll, ratio=ratio, **dict(options))
+        return output.loss_sum, output
+
+    return fast_jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+
+
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.6, 1.0])
 @pytest.mark.parametrize(
     ("options", "groups"),
@@ -45,16 +56,12 @@ def test_is_its_definition(options, groups, ratio):
     logs = np.float64(logits) - np.log(np.exp(np.float64(logits)).sum(-1, keepdims=True))
     nll = -np.take_along_axis(logs, targets[..., None], -1)[..., 0]
     keep = chosen(nll - ref_nll, mask, ratio, groups)
-    loss = lambda x, ref: objectives.create("selective_cross_entropy", ratio=ratio, **options)(  # noqa: E731
-        x, targets, mask, ref
-    )
-    output = loss(logits, ref_nll)
+    (_, output), (gradient, of_ref) = compiled(*options.items())(logits, ref_nll, targets, mask, ratio)
     np.testing.assert_allclose(output.loss_sum, nll[keep].sum(), rtol=F32)
     assert float(output.weight) == keep.sum()
     np.testing.assert_allclose(output.metrics["excess"], (nll - ref_nll)[keep].sum(), rtol=1e-5)
     np.testing.assert_allclose(output.metrics["nll_all"], (nll * mask).sum(), rtol=F32)
     assert float(output.metrics["weight_all"]) == mask.sum()
-    gradient, of_ref = jax.grad(lambda *x: loss(*x).loss_sum, (0, 1))(jnp.asarray(logits), jnp.asarray(ref_nll))
     one_hot = np.eye(logits.shape[-1])[targets]
     np.testing.assert_allclose(gradient, keep[..., None] * (np.exp(logs) - one_hot), atol=F32)
     assert not np.any(of_ref)

@@ -193,6 +193,7 @@ def test_extremes_are_finite(name, scale):
         assert np.isfinite(np.asarray(leaf)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_that_of_finite_differences(name):
     """Along a random direction, central differences of the float64 loss; arguments without a gradient stand still."""

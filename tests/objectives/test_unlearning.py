@@ -87,7 +87,7 @@ def test_retain_kl():
         logs = [torch.log_softmax(x, -1) for x in (logits, ref_logits.detach())]
         return F.kl_div(*logs, reduction="none", log_target=True).sum(-1) * torch.tensor(mask)
 
-    check(lambda **x: objectives.retain_kl(**x, mask=mask), equation, given)
+    check(lambda **x: objectives.retain_kl(**x, mask=mask), equation, given, compiled=True)
     same = objectives.retain_kl(given["logits"], given["logits"], mask)
     assert (abs(float(same.loss_sum)), float(same.weight)) == (0.0, 4.0)
 
@@ -104,7 +104,7 @@ def test_rerouting_is_its_definition():
     def equation(features, original_features):
         return torch.relu(F.cosine_similarity(features, original_features.detach(), -1)) * torch.tensor(mask)
 
-    check(lambda **x: objectives.rerouting(**x, mask=mask), equation, given, 2e-5)
+    check(lambda **x: objectives.rerouting(**x, mask=mask), equation, given, 2e-5, compiled=True)
     x = given["features"]
     output = objectives.rerouting(x, x, mask)
     np.testing.assert_allclose(output.loss_sum, output.weight, rtol=1e-6)
@@ -120,7 +120,7 @@ def test_rerouting_retain_is_its_definition():
     def equation(features, original_features):
         return torch.linalg.vector_norm(features - original_features.detach(), dim=-1) * torch.tensor(mask)
 
-    check(lambda **x: objectives.rerouting_retain(**x, mask=mask), equation, given, 2e-5)
+    check(lambda **x: objectives.rerouting_retain(**x, mask=mask), equation, given, 2e-5, compiled=True)
     x = jnp.asarray(given["features"])
     value, gradient = jax.value_and_grad(lambda f: objectives.rerouting_retain(f, x, mask).loss_sum)(x)
     assert float(value) == 0.0
