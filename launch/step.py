@@ -129,12 +129,12 @@ def as_rows(batch: Batch) -> Batch:
 
 def _microbatches(batch: Batch, count: int) -> Batch:
     """[B, ...] to [count, B / count, ...]; microbatch i holds rows i, i + count, ...: no row changes its device."""
-    length = batch["tokens"].shape[-1]
+    length = batch["tokens"].shape[-1] if "tokens" in batch else None
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
         names: list[str | None] = [None] * (x.ndim - 2)
-        if names and x.shape[-1] == length:
+        if names and length in (None, x.shape[-1]):
             names[-1] = "time"
         return constrain(x, None, "batch", *names)
 

@@ -129,17 +129,23 @@ def test_what_the_data_do_not_give_is_refused(tuned, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe", [kto.get_config, reward.get_config, lambda: spin.get_config("first"), lambda: spin.get_config("second")]
-)
+@pytest.mark.parametrize("recipe", [kto.get_config, reward.get_config])
 def test_other_recipes_start_from_it(recipe, tuned, tmp_path):
-    config = tiny(recipe(), 3, tuned)
-    if config.rollout.name == "teacher":
-        config.rollout.max_tokens = 3
-    train.run(config, tmp_path)
+    train.run(tiny(recipe(), 3, tuned), tmp_path)
     losses = column(tmp_path, "loss")
     assert np.isfinite(losses).all()
     assert (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_self_play_goes_on_from_its_first_iteration(tuned, tmp_path):
+    for iteration, start in (("first", tuned), ("second", tmp_path / "first")):
+        config = tiny(spin.get_config(iteration), 3, start)
+        config.rollout.max_tokens = 3
+        train.run(config, tmp_path / iteration)
+        losses = column(tmp_path / iteration, "loss")
+        assert losses[0] == pytest.approx(np.log(2), rel=SAME), "the opponent is the model as it starts"
+        assert np.isfinite(losses).all()
 
 
 @pytest.mark.slow
