@@ -21,8 +21,8 @@ class Checkpoints:
     Args:
       directory: where they lie.
       keep_last: how many of the newest are kept.
-      keep_best: how many of those with the lowest validation metric are kept; ones that were not evaluated do not
-        compete.
+      keep_best: how many of those with the best validation metric (the highest reward, the lowest of all others) are
+        kept; ones that were not evaluated do not compete.
       metric: its name.
     """
 
@@ -35,11 +35,12 @@ class Checkpoints:
         metric: str = "bits_per_byte",
         read_only: bool = False,
     ):
+        sign = -1.0 if metric == "reward" else 1.0
         keep: list[Any] = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             keep.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[metric],
+                    get_metric_fn=lambda metrics: sign * metrics[metric],
                     reverse=True,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -47,7 +48,7 @@ class Checkpoints:
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-            best_fn=lambda metrics: metrics[metric],
+            best_fn=lambda metrics: sign * metrics[metric],
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             read_only=read_only,

@@ -1,4 +1,4 @@
-"""The data of a run: prepared text or a generated task, batches for training, batches for evaluation."""
+"""The data of a run: prepared text, a generated task, or responses; batches for training, batches for evaluation."""
 
 import pathlib
 from typing import Any
@@ -10,7 +10,7 @@ import pipelines
 from launch.config import options, to_dict
 from zoo.core.registry import nearest
 
-Data = pipelines.TextDataset | pipelines.TaskDataset
+Data = pipelines.TextDataset | pipelines.TaskDataset | pipelines.ResponseDataset
 NO_TOKENIZER = "none"  # the name of data.tokenizer where the source is a task
 
 
@@ -29,15 +29,27 @@ def prepare(config: Any, workdir: pathlib.Path) -> Data:
                 f"source {name!r} makes ids, not text: tokenizer.name={tokenizer!r} must be {NO_TOKENIZER!r}"
             )
         return pipelines.TaskDataset(pipelines.make_task({"name": name, **given}), config["sequence_length"])
-    if name not in pipelines.SOURCES.names():
-        names = [*pipelines.SOURCES.names(), *pipelines.TASKS.names()]
-        raise KeyError(f"unknown source {name!r}; {nearest(name, names)}")
     described = {"name": tokenizer, **tokenizer_options}
+    if of_responses(config):
+        return pipelines.prepare_responses({"name": name, **given}, described, config["sequence_length"])
+    if name not in pipelines.SOURCES.names():
+        names = [*pipelines.SOURCES.names(), *pipelines.TASKS.names(), *pipelines.RESPONSE_SOURCES.names()]
+        raise KeyError(f"unknown source {name!r}; {nearest(name, names)}")
     return pipelines.prepare({"name": name, **given}, described, data["directory"] or workdir)
 
 
+def of_responses(config: Any) -> bool:
+    """Whether config.data is of prompts and responses."""
+    return config["data"]["source"]["name"] in pipelines.RESPONSE_SOURCES.names()
+
+
 def metrics(config: Any) -> tuple[str, ...]:
-    """What runs on config.data report; the first one chooses the best checkpoint."""
+    """What runs of a resolved config report; the first one chooses the best checkpoint."""
+    if config["rollout"]["name"] == "policy":
+        return ("reward",)
+    if of_responses(config):
+        source = pipelines.make_response_source(to_dict(config["data"]["source"]))
+        return source.metrics
     task = config["data"]["source"]["name"] in pipelines.TASKS.names()
     return (pipelines.TaskDataset if task else pipelines.TextDataset).metrics
 
@@ -51,7 +63,7 @@ def train_batches(data: Data, config: Any) -> grain.DatasetIterator:
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    if isinstance(data, pipelines.TaskDataset):
+    if not isinstance(data, pipelines.TextDataset):
         return data.train_iterator(**common)
     return pipelines.train_iterator(
         data.train, length=config["sequence_length"], shuffle_rows=config["data"]["shuffle_rows"], **common
@@ -65,17 +77,51 @@ def evaluation_batches(data: Data, config: Any) -> grain.DatasetIterator:
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    if isinstance(data, pipelines.TaskDataset):
+    if not isinstance(data, pipelines.TextDataset):
         return data.evaluation_iterator(**common)
     return pipelines.evaluation_iterator(
         data.validation, length=config["sequence_length"], byte_lengths=data.tokenizer.byte_lengths, **common
     )
 
 
+def ordered_batches(data: Data, config: Any, split: str) -> grain.DatasetIterator:
+    """One pass over the responses of a split, in order."""
+    assert isinstance(data, pipelines.ResponseDataset)
+    return data.evaluation_iterator(batch_size=config["batch_size"] // config["accumulation"], split=split)
+
+
+def prompt_ids(data: Data, text: str) -> list[int]:
+    """Ids of a text that is to be continued, as the first turn where the data are conversations."""
+    if isinstance(data, pipelines.ResponseDataset):
+        return data.template.prompt(text, data.tokenizer).tolist()
+    tokenizer: Any = data.tokenizer
+    return [tokenizer.bos_id, *map(int, tokenizer.encode(text))]
+
+
+def end_id(data: Data) -> int:
+    """The token that ends what a model writes.
+
+    Raises:
+      ValueError: a template whose turns end in several tokens.
+    """
+    assert data.tokenizer is not None
+    if not isinstance(data, pipelines.ResponseDataset):
+        return data.tokenizer.eos_id
+    ids = data.template.end_of_response(data.tokenizer)
+    if len(ids) != 1:
+        raise ValueError(
+            f"template {data.template.name!r} ends a turn with {len(ids)} tokens of this tokenizer, and one is "
+            "needed to draw responses; use 'plain', or a tokenizer that has its marks (bpe)"
+        )
+    return int(ids[0])
+
+
 def baselines(data: Data) -> dict[str, float]:
     """The data's first metric, of what needs no training of ours: coders of the held-out text, or a guess."""
     if isinstance(data, pipelines.TaskDataset):
         return {"uniform guess": data.uniform_loss}
+    if isinstance(data, pipelines.ResponseDataset):
+        return {}
     return {
         "unigram": pipelines.unigram_bits_per_byte(data.texts("train"), data.texts("validation")),
         "gzip": pipelines.gzip_bits_per_byte(data.texts("validation")),

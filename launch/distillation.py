@@ -23,11 +23,6 @@ ATTENTION_OPTIONS = ("eps", "rows")  # what a config may set; all else follows f
 
 def logit_loss(model: Model, teacher: Model, objective: Objective, implementation: str | None = None) -> Loss:
     """Both models on packed documents, then the objective on their logits."""
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise ConfigError(
-            f"config.teacher has vocab_size={teacher.config.vocab_size}, the model {model.config.vocab_size}: "
-            f"set config.model.vocab_size={teacher.config.vocab_size}"
-        )
 
     def loss(params: Tree, batch: Batch, key: jax.Array, teacher_params: Tree) -> LossOutput:
         del key

@@ -8,10 +8,13 @@ from typing import Any
 import jax
 
 from launch import data as data_lib
+from launch import references
 from launch import run as run_lib
 from launch.config import write_json
 from launch.metrics import print_table
 from launch.run import Run
+
+VALIDATION_STEP = 1 << 30  # steps of rollouts that no training reaches
 
 
 def evaluate(run: Run, params: Any, batches: int = 0) -> dict[str, float]:
@@ -33,15 +36,17 @@ def evaluate(run: Run, params: Any, batches: int = 0) -> dict[str, float]:
     totals: dict[str, float] = {}
     with run.active():
         pending = None
-        for batch in itertools.islice(iterator, batches or None):
-            sums = run.eval_step(params, run.place(batch), key)
+        for index, batch in enumerate(itertools.islice(iterator, batches or None)):
+            batch = run.prepare(batch, params, VALIDATION_STEP + index, "validation")
+            sums = run.eval_step(params, run.place(batch), key, run.teacher)
             _add(totals, pending)  # one batch late: the devices always have the next one to work on
             pending = sums
         _add(totals, pending)
     weight, num_bytes = totals.pop("weight"), totals.pop("bytes", None)
-    means = {name: total / weight for name, total in totals.items()}
-    of_text = {} if num_bytes is None else {"bits_per_byte": totals["nll"] / (math.log(2) * num_bytes)}
-    return {"loss": means.pop("nll"), **of_text, **means}
+    loss_sum = totals.pop("loss_sum")
+    loss_sum = totals.pop("nll", loss_sum)  # of language models: without what an objective adds to it
+    of_text = {} if num_bytes is None else {"bits_per_byte": loss_sum / (math.log(2) * num_bytes)}
+    return {"loss": loss_sum / weight, **of_text, **{name: total / weight for name, total in totals.items()}}
 
 
 def _add(totals: dict[str, float], sums: Any) -> None:
@@ -52,12 +57,12 @@ def _add(totals: dict[str, float], sums: Any) -> None:
 
 def describe(run: Run, result: dict[str, float]) -> str:
     """The data's metrics out of what `evaluate` returned, as one line."""
-    return ", ".join(f"{name.replace('_', ' ')} {result[name]:.4f}" for name in run.data.metrics)
+    return ", ".join(f"{name.replace('_', ' ')} {result[name]:.4f}" for name in run.metrics)
 
 
 def compare(run: Run, result: dict[str, float]) -> dict[str, float]:
     """The data's first metric, of the model and of the baselines, also on the screen."""
-    metric = run.data.metrics[0]
+    metric = run.metrics[0]
     table = {run.config["model"]["name"]: result[metric], **data_lib.baselines(run.data)}
     if jax.process_index() == 0:
         print_table(f"held-out {run.data.unit}", table, metric.replace("_", " "))
@@ -66,10 +71,10 @@ def compare(run: Run, result: dict[str, float]) -> dict[str, float]:
 
 def run(config: Any, workdir: pathlib.Path) -> None:
     """mode=evaluate: evaluates a checkpoint of the workdir and writes evaluation.json."""
-    this = run_lib.build(config, workdir)
+    this = references.precompute(run_lib.build(config, workdir))
     step, params = this.restore_params()
     result = evaluate(this, params)
     table = compare(this, result)
     if jax.process_index() == 0:
-        write_json(workdir / "evaluation.json", {"step": step, **result, f"{this.data.metrics[0]}_of": table})
+        write_json(workdir / "evaluation.json", {"step": step, **result, f"{this.metrics[0]}_of": table})
         print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))

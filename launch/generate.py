@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from launch import data as data_lib
 from launch import run as run_lib
 from launch.config import ConfigError, at
 from launch.run import Run
@@ -35,19 +36,20 @@ def sample(run: Run, params: Any, on_tokens: Callback | None = None) -> list[Gen
             on_tokens=on_tokens,
             key=jax.random.key(run.config["seed"]),
             tokenizer=tokenizer,
+            eos_id=data_lib.end_id(run.data),
             implementation=run.config["implementation"],
         )
 
 
 def _prompts(run: Run) -> list[list[int]]:
-    tokenizer: Any = run.data.tokenizer
-    return [[tokenizer.bos_id, *map(int, tokenizer.encode(text))] for text in run.config["generate"]["prompts"]]
+    return [data_lib.prompt_ids(run.data, text) for text in run.config["generate"]["prompts"]]
 
 
-def check(config: dict[str, Any]) -> None:
-    """Raises ConfigError when config.generate holds no prompts."""
+def check(config: dict[str, Any], *, needed: bool = True) -> None:
+    """Raises ConfigError when config.generate.prompts are no texts, or are `needed` and not there."""
     prompts = config["generate"]["prompts"]
-    if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) and text for text in prompts):
+    texts = not isinstance(prompts, str) and all(isinstance(text, str) and text for text in prompts)
+    if not texts or (needed and not prompts):
         raise ConfigError(f"config.generate.prompts={prompts!r} must be a list of texts")
 
 
@@ -56,7 +58,7 @@ def check_prompts(run: Run) -> None:
 
     The tokenizer refuses a prompt, or a prompt and its continuation are longer than the model's context.
     """
-    if run.data.tokenizer is None:
+    if run.data.tokenizer is None or not run.config["generate"]["prompts"]:
         return
     with at("generate.prompts"):
         ids = _prompts(run)

@@ -57,16 +57,21 @@ def make(config: Any, devices: list[Any] | None = None) -> tuple[Mesh, Rules]:
     return mesh, resolve_rules(config["rules"]["name"], overrides)
 
 
-def batch_sharding(shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
-    """Sharding of a batch leaf [B, T]."""
-    return NamedSharding(mesh, partition_spec(("batch", "time")[: len(shape)], shape, rules, mesh, "batch"))
+def batch_sharding(shape: tuple[int, ...], mesh: Mesh, rules: Rules, length: int | None = None) -> NamedSharding:
+    """Sharding of a batch leaf [B, ..., T], or of one that does not end in T where T = `length` is given."""
+    names: list[str | None] = ["batch", *[None] * (len(shape) - 1)]
+    if len(shape) > 1 and length in (None, shape[-1]):
+        names[-1] = "time"
+    return NamedSharding(mesh, partition_spec(tuple(names), shape, rules, mesh, "batch"))
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules) -> dict[str, jax.Array]:
     """Global arrays from this process's rows of a batch."""
-    placed = {}
+    placed, length = {}, batch["tokens"].shape[-1]
     with jax.transfer_guard_host_to_device("allow"):  # this transfer is meant, whatever the caller guards against
         for key, rows in batch.items():
             shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
-            placed[key] = jax.make_array_from_process_local_data(batch_sharding(shape, mesh, rules), rows, shape)
+            placed[key] = jax.make_array_from_process_local_data(
+                batch_sharding(shape, mesh, rules, length), rows, shape
+            )
     return placed

@@ -16,7 +16,7 @@ import tensorboardX
 # Wall-clock columns stand last: all others of a resumed run equal those of an uninterrupted one.
 CLOCK = ("tokens_per_second", "seconds")
 FIRST = ("step", "loss", "grad_norm", "param_norm", "learning_rate", "tokens")
-VALIDATION = ("validation_loss", "validation_bits_per_byte", "validation_accuracy")
+VALIDATION = ("validation_loss", "validation_bits_per_byte", "validation_accuracy", "validation_reward")
 
 
 class Table:

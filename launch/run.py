@@ -10,20 +10,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-import objectives
 from launch import config as config_lib
 from launch import data as data_lib
-from launch import distillation, start
+from launch import losses as losses_lib
 from launch import mesh as mesh_lib
 from launch import optimizer as optimizer_lib
+from launch import rollout as rollout_lib
+from launch import start
 from launch import step as step_lib
 from launch.checkpoints import Checkpoints
+from launch.rollout import Rollout
 from launch.step import TrainState
+from pipelines import ResponseDataset
 from zoo.adapters import lora
 from zoo.core import sharding
-from zoo.core.params import Tree, partition
+from zoo.core.params import Tree, abstract, partition
 from zoo.core.registry import check_keys
 from zoo.core.sharding import Rules
 from zoo.models import Model, carry_over, conversion, create
@@ -39,9 +43,11 @@ class Program:
       mesh, rules: how arrays are split.
       shardings, abstract: of the TrainState.
       init: () -> TrainState of step 0.
-      teacher: parameters of the teacher, or None.
+      teacher: parameters of the teacher, or None; teacher_model: what they are of.
       train_step: (state, batch, teacher) -> (state, metrics); donates the state.
-      eval_step: (params, batch, key) -> sums.
+      evaluation_params: state -> the moving average where there is one, else the parameters or what the optimiser has
+        in place of them.
+      eval_step: (params, batch, key, teacher) -> sums.
     """
 
     model: Model
@@ -53,7 +59,9 @@ class Program:
     init: Callable[[], TrainState]
     teacher: Tree
     train_step: Callable[..., Any]
+    evaluation_params: Callable[[TrainState], Tree]
     eval_step: Callable[..., Any]
+    teacher_model: Model | None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -73,12 +81,32 @@ class Run(Program):
     Attributes:
       config: plain nested dicts without open ends (vocabulary, horizon of the schedule).
       workdir: where it lives.
-      data: documents and tokenizer, or a task.
+      data: documents and tokenizer, a task, or responses.
+      rollout: draws the responses of a batch, or None.
+      references: log-probabilities of the reference by split and example, or None.
     """
 
     config: dict[str, Any]
     workdir: pathlib.Path
     data: data_lib.Data
+    rollout: Rollout | None
+    references: dict[str, np.ndarray] | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What the run reports; the first one chooses the best checkpoint."""
+        return data_lib.metrics(self.config)
+
+    def prepare(self, batch: dict[str, Any], params: Tree, step: int, split: str = "train") -> dict[str, Any]:
+        """A host batch with what does not come with the data: drawn responses, the reference's log-probabilities."""
+        if self.rollout is not None:
+            drawn_by = self.teacher if self.config["rollout"]["name"] == "teacher" else params
+            with sharding.use(self.mesh, {**self.rules, "batch": None}):
+                batch = self.rollout(drawn_by, batch, step, split)
+        if self.references is not None:
+            of_batch = self.references[split][np.maximum(batch["index"], 0)]
+            batch = {**batch, "ref_logps": np.where(batch["loss_mask"] != 0, of_batch, 0.0)}
+        return batch
 
     def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
         """The checkpoints of the workdir."""
@@ -87,7 +115,7 @@ class Run(Program):
             self.workdir / "checkpoints",
             keep_last=keep["keep_last"],
             keep_best=keep["keep_best"],
-            metric=self.data.metrics[0],
+            metric=self.metrics[0],
             read_only=read_only,
         )
 
@@ -107,12 +135,7 @@ class Run(Program):
         self.check_resume()
         state = checkpoints.restore(self.abstract, step=step)
         checkpoints.close()
-        return step, evaluation_params(state)
-
-
-def evaluation_params(state: TrainState) -> Any:
-    """The moving average where there is one, else the parameters."""
-    return state.params if state.ema is None else state.ema
+        return step, self.evaluation_params(state)
 
 
 def resolve(config: Any, vocab_size: int) -> dict[str, Any]:
@@ -152,7 +175,9 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
             start.check(plain, key)
     if not _from_initial(plain):
         _model(plain)
-    _objective(plain)
+    losses_lib.create_objective(plain)
+    with config_lib.at("rollout"):
+        rollout_lib.check(plain, losses_lib.category(plain))
     with config_lib.at("mesh and config.rules"):
         mesh, rules = mesh_lib.make(plain)
     with config_lib.at("optimizer.schedule"):
@@ -163,7 +188,23 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
     plain = resolve(config, data.vocab_size)
     program = assemble(plain, mesh, rules)
     fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
-    return Run(config=plain, workdir=workdir, data=data, **fields)
+    return Run(config=plain, workdir=workdir, data=data, rollout=_rollout(plain, program, data), **fields)
+
+
+def _rollout(plain: dict[str, Any], program: Program, data: data_lib.Data) -> Rollout | None:
+    name = plain["rollout"]["name"]
+    if name == "none":
+        return None
+    if not isinstance(data, ResponseDataset) or data.kind != "sft" or data.packed:
+        raise config_lib.ConfigError(
+            f"config.rollout.name={name!r} needs prompts with one response each: config.data.source of kind 'sft', "
+            "not packed"
+        )
+    model = program.teacher_model if name == "teacher" else program.model
+    assert model is not None
+    with config_lib.at("data.source.template"):
+        end_id = data_lib.end_id(data)
+    return Rollout(model, data, end_id, plain["rollout"], plain["seed"], plain["implementation"])
 
 
 def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
@@ -177,14 +218,16 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
     with config_lib.at("optimizer"):
         trained = specs if trainable is None else partition(specs, trainable)[0]
         optimizer, schedule = optimizer_lib.make(plain["optimizer"], trained)
+        jax.eval_shape(optimizer.init, abstract(trained))  # what it refuses is the optimiser's fault, not the mesh's
     ema = plain["ema_decay"] > 0
-    train_loss, eval_loss, source = _losses(plain, model, initial, restore)
+    losses = losses_lib.make(plain, model, initial, restore)
+    source = losses.source
     options = {"seed": plain["seed"], "ema": ema, "trainable": trainable}
     fresh = functools.partial(step_lib.init_state, specs, optimizer, **options)
     with config_lib.at("mesh and config.rules"):
         shardings = step_lib.state_shardings(specs, optimizer, mesh, rules, ema=ema, trainable=trainable)
     train_step = step_lib.make_train_step(
-        train_loss,
+        losses.train,
         optimizer,
         schedule,
         accumulation=plain["accumulation"],
@@ -192,6 +235,14 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
         trainable=trainable,
     )
     init = jax.jit(fresh, out_shardings=shardings)
+    evaluated = optimizer_lib.evaluation_params(plain["optimizer"]["name"], trainable)
+    if evaluated is not None:
+        evaluated = jax.jit(evaluated, out_shardings=shardings.params)
+
+    def evaluation_params(state: TrainState) -> Tree:
+        if state.ema is not None:
+            return state.ema
+        return state.params if evaluated is None else evaluated(state.params, state.opt_state)
 
     def init_from_source() -> TrainState:
         params = jax.device_put(_initial_params(plain, model, initial()), shardings.params)
@@ -214,7 +265,9 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
         if source is None
         else jax.device_put(source[1], sharding.shardings(source[0].param_specs(), mesh, rules)),
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-        eval_step=jax.jit(step_lib.make_eval_step(eval_loss)),
+        teacher_model=None if source is None else source[0],
+        evaluation_params=evaluation_params,
+        eval_step=jax.jit(step_lib.make_eval_step(losses.judge)),
     )
 
 
@@ -233,32 +286,7 @@ def _restore(config: dict[str, Any], workdir: pathlib.Path, *, mesh: Mesh, rules
     checkpoints = Checkpoints(workdir / "checkpoints", metric=metric, read_only=True)
     state = checkpoints.restore(program.abstract, step=checkpoints.find(config["evaluate"]["checkpoint"]))
     checkpoints.close()
-    return program.model, lora.merge(evaluation_params(state))
-
-
-def _losses(
-    plain: dict[str, Any], model: Model, initial, restore
-) -> tuple[step_lib.Loss, step_lib.Loss, start.Source | None]:
-    """Losses of training and evaluation, and the teacher or None."""
-    name, implementation = plain["objective"]["name"], plain["implementation"]
-    objective, teacher = _objective(plain), plain["teacher"]["name"]
-    if name not in distillation.DISTILLATION:
-        if teacher != start.NONE["teacher"]:
-            raise config_lib.ConfigError(
-                f"config.teacher={teacher!r} needs a config.objective with a teacher: {distillation.DISTILLATION}"
-            )
-        loss = step_lib.language_model_loss(model, objective, implementation)
-        return loss, loss, None
-    if teacher == start.NONE["teacher"]:
-        raise config_lib.ConfigError(f"config.objective={name!r} needs config.teacher: initial, run or hf")
-    source = initial() if teacher == start.AS_INITIAL else start.read(plain, "teacher", restore)
-    if name == distillation.LOGITS:
-        loss = distillation.logit_loss(model, source[0], objective, implementation)
-    else:
-        length = plain["sequence_length"]
-        loss = distillation.attention_loss(model, source[0], objective, length, implementation)
-    judged = step_lib.language_model_loss(model, objectives.create("cross_entropy"), implementation)
-    return loss, judged, source
+    return program.model, lora.merge(program.evaluation_params(state))
 
 
 def _from_initial(config: dict[str, Any]) -> bool:
@@ -283,11 +311,3 @@ def _model(config: dict[str, Any], initial: Callable[[], start.Source] | None = 
         overrides = {name: given.pop(name) for name in conversion.OVERRIDES if name in given}
         given["base_options"] = {"param_dtype": "float32", **given.get("base_options", {}), **overrides}
         return conversion.converted_model(source, **given)
-
-
-def _objective(config: dict[str, Any]) -> objectives.Objective:
-    with config_lib.at("objective"):
-        name, given = config_lib.options(config["objective"])
-        if name == distillation.ATTENTION:
-            check_keys(f"objective {name!r}", given, distillation.ATTENTION_OPTIONS)
-        return objectives.create(name, **given)

@@ -34,7 +34,8 @@ def check(config: Mapping[str, Any], key: str) -> str:
     alone = (NONE[key], AS_INITIAL) if key == "teacher" else (NONE[key],)
     check_choice("name", name, (*alone, *SOURCES))
     needed = SOURCES.get(name, ())
-    check_keys(f"name {name!r}", given, (*needed, *OPTIONAL.get(name, ())))
+    of_teacher = ("precompute",) if key == "teacher" and name != NONE[key] else ()
+    check_keys(f"name {name!r}", given, (*needed, *OPTIONAL.get(name, ()), *of_teacher))
     for option in needed:
         if option not in given:
             raise ValueError(f"name {name!r} needs {option}")
@@ -73,7 +74,7 @@ def _saved(workdir: pathlib.Path, checkpoint: str) -> tuple[dict[str, Any], path
     defaults = config_lib.to_dict(base.get_config())
     saved = {**defaults, **json.loads(path.read_text())["config"]}
     saved["evaluate"]["checkpoint"] = checkpoint
-    return {**saved, "teacher": defaults["teacher"], "objective": defaults["objective"]}, workdir
+    return {**saved, **{key: defaults[key] for key in ("teacher", "objective", "rollout")}}, workdir
 
 
 def conversion_of_run(model: dict[str, Any], workdir: str) -> dict[str, Any]:

@@ -83,25 +83,37 @@ def state_shardings(
     ema: bool,
     trainable: Tree | None = None,
 ) -> TrainState:
-    """Shardings of a TrainState: the optimiser's moments lie like their parameters, all else is replicated."""
+    """Shardings of a TrainState.
+
+    A leaf of the optimiser's state that has the path and the rank of a parameter (moments; those of some of its layers)
+    lies like it; all else (counts, factors of preconditioners) is replicated.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
     of_params = shardings(specs, mesh, rules)
+    shapes = params_lib.abstract(specs, of_params)
     opt_state = jax.eval_shape(optimizer.init, _trained(params_lib.abstract(specs), trainable))
-    of_opt = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, s: s,
-        opt_state,
-        _trained(of_params, trainable),
-        transform_non_params=lambda _: replicated,
-    )
+    like = params_lib.flatten(shapes)
+
+    def of_leaf(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        names = params_lib.path_string(path).split("/")
+        suffixes = ("/".join(names[start:]) for start in range(len(names)))
+        param = next((like[suffix] for suffix in suffixes if suffix in like), None)
+        if param is None or len(param.shape) != len(leaf.shape):
+            return replicated
+        spec = (*param.sharding.spec, *(None,) * len(leaf.shape))
+        kept = all(axis is None or a == b for axis, a, b in zip(spec, leaf.shape, param.shape, strict=False))
+        return param.sharding if kept else replicated
+
+    of_opt = jax.tree_util.tree_map_with_path(of_leaf, opt_state)
     return TrainState(replicated, of_params, of_opt, of_params if ema else None, replicated)
 
 
 def language_model_loss(model: Model, objective: Objective, implementation: str | None = None) -> Loss:
     """`loss(params, batch, key)`: the model on packed documents, then the objective on its logits."""
 
-    def loss(params: Tree, batch: Batch, key: jax.Array) -> LossOutput:
+    def loss(params: Tree, batch: Batch, key: jax.Array, *_: Tree) -> LossOutput:
         del key  # no objective or layer here draws random numbers
+        batch = as_rows(batch)
         ctx = SeqContext(positions=batch["positions"], segment_ids=batch["segment_ids"])
         logits = model.apply(params, batch["tokens"], ctx=ctx, implementation=implementation).logits
         return objective(logits, batch["targets"], batch["loss_mask"])
@@ -109,12 +121,22 @@ def language_model_loss(model: Model, objective: Objective, implementation: str 
     return loss
 
 
+def as_rows(batch: Batch) -> Batch:
+    """The arrays that a model reads, [..., T], as [B, T]: responses of an example stand under one another."""
+    names = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+    return {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in names}
+
+
 def _microbatches(batch: Batch, count: int) -> Batch:
     """[B, ...] to [count, B / count, ...]; microbatch i holds rows i, i + count, ...: no row changes its device."""
+    length = batch["tokens"].shape[-1] if "tokens" in batch else None
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, None, "batch", *("time",)[: x.ndim - 2])
+        names: list[str | None] = [None] * (x.ndim - 2)
+        if names and length in (None, x.shape[-1]):
+            names[-1] = "time"
+        return constrain(x, None, "batch", *names)
 
     return jax.tree.map(split, batch)
 
@@ -201,12 +223,12 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(loss: Loss) -> Callable[[Tree, Batch, jax.Array], dict[str, jax.Array]]:
-    """`step(params, batch, key)`: the sums weight, metrics of the objective and, of text, bytes of the targets."""
+def make_eval_step(loss: Loss) -> Callable[..., dict[str, jax.Array]]:
+    """`step(params, batch, key, teacher=None)`: the sums loss_sum, weight, metrics and, of text, bytes of targets."""
 
-    def eval_step(params: Tree, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        output = loss(params, batch, key)
+    def eval_step(params: Tree, batch: Batch, key: jax.Array, teacher: Tree = None) -> dict[str, jax.Array]:
+        output = loss(params, batch, key, *(() if teacher is None else (teacher,)))
         of_text = {"bytes": jnp.sum(batch["target_bytes"])} if "target_bytes" in batch else {}
-        return {"weight": output.weight, **of_text, **output.metrics}
+        return {"loss_sum": output.loss_sum, "weight": output.weight, **of_text, **output.metrics}
 
     return eval_step

@@ -18,11 +18,12 @@ from launch import data as data_lib
 from launch import evaluate as evaluate_lib
 from launch import flops as flops_lib
 from launch import generate as generate_lib
+from launch import references
 from launch import run as run_lib
 from launch.checkpoints import Checkpoints
 from launch.metrics import VALIDATION, Report
 from launch.plots import plot_loss
-from launch.run import Run, evaluation_params
+from launch.run import Run
 from launch.step import TrainState
 from zoo.core.params import count
 
@@ -139,6 +140,7 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
                     f"the data ends after {step} of {config['steps']} steps; "
                     "raise config.data.epochs or lower config.steps"
                 )
+            batch = run.prepare(batch, state.params, step)
             # Nothing but the batch goes to the devices, and nothing comes back before the metrics are read.
             with run.active(), jax.transfer_guard("disallow"):
                 state, metrics = run.train_step(state, run.place(batch), run.teacher)
@@ -150,11 +152,11 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
             save = evaluated or stopped or step == config["steps"] or _due(step, config["checkpoint"]["every"])
             row, validated = pending.read(keep=0 if save else 1), None
             if evaluated and row is not None:
-                result = evaluate_lib.evaluate(run, evaluation_params(state), config["evaluate"]["batches"])
+                result = evaluate_lib.evaluate(run, run.evaluation_params(state), config["evaluate"]["batches"])
                 scores = {f"validation_{key}": value for key, value in result.items()}
                 row |= {key: value for key, value in scores.items() if key in VALIDATION}
                 report.say(f"step {step}/{config['steps']}  validation {evaluate_lib.describe(run, result)}")
-                validated = {run.data.metrics[0]: result[run.data.metrics[0]]}
+                validated = {run.metrics[0]: result[run.metrics[0]]}
             if row is not None:
                 report.write(row)
             if save:  # after the row is on disk: metrics.csv never lacks a step that a checkpoint has
@@ -171,7 +173,7 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
 
 def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float) -> None:
     """The final evaluation, summary.json, loss.png and samples.md."""
-    params = evaluation_params(state)
+    params = run.evaluation_params(state)
     result = evaluate_lib.evaluate(run, params)
     table = evaluate_lib.compare(run, result)
     if jax.process_index() != 0:
@@ -181,9 +183,9 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
     plot_loss(run.workdir / "metrics.csv", run.workdir / "loss.png")
     summary = {
         **facts,
-        **{metric: result[metric] for metric in run.data.metrics},
+        **{metric: result[metric] for metric in run.metrics},
         "validation": result,
-        f"{run.data.metrics[0]}_of": table,
+        f"{run.metrics[0]}_of": table,
         "parameters": count(run.model.param_specs()),
         "model_flops_per_token": per_token,
         "mfu": None if rate is None else flops_lib.utilisation(per_token, rate, kind, run.mesh.size),
@@ -195,6 +197,8 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
     print(f"{evaluate_lib.describe(run, result)}; {run.workdir / 'summary.json'}")
     if run.data.tokenizer is None:
         return  # ids that stand for no text
+    if not run.config["generate"]["prompts"]:
+        return
     if jax.process_count() > 1:
         print("no samples.md: samples need one process, use --config.mode=generate")
     else:
@@ -204,9 +208,9 @@ def _summarise(run: Run, state: TrainState, facts: dict[str, Any], began: float)
 def run(config: Any, workdir: pathlib.Path) -> None:
     """mode=train: trains, or goes on where the workdir's run was stopped, to config.steps; then reports."""
     began = time.perf_counter()
-    generate_lib.check(config)
+    generate_lib.check(config, needed=False)
     with sigterm_event() as stop:
-        this = run_lib.build(config, workdir)
+        this = references.precompute(run_lib.build(config, workdir))
         generate_lib.check_prompts(this)
         finished = train(this, stop)
     if finished is not None:

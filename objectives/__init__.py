@@ -1,9 +1,26 @@
 """Objectives: pure functions of statistics that return sums and weights."""
 
 from objectives.attention_distillation import attention_distillation
+from objectives.continuous import melle, vector_regression
+from objectives.contrastive import info_nce
 from objectives.diffusion import masked_diffusion
-from objectives.distillation import logit_distillation
-from objectives.language_model import cross_entropy
+from objectives.distillation import (
+    feature_distillation,
+    function_matching,
+    logit_distillation,
+    mixup,
+    preference_distillation,
+)
+from objectives.editing import chat_vector, greedy_soup, sce_merge, soup, task_arithmetic
+from objectives.language_model import (
+    cross_entropy,
+    hide_tokens,
+    instruction_modelling,
+    masked_language_model,
+    weighted_cross_entropy,
+)
+from objectives.learned_diffusion import learned_masked_diffusion, mask_tokens_by_class
+from objectives.multi_token import multi_token_heads, multi_token_prediction
 from objectives.output import LossOutput
 from objectives.preference import (
     ReplayBuffer,
@@ -93,7 +110,17 @@ from objectives.reward import (
     uncertainty_tuning,
 )
 from objectives.rl import clipped_value, grpo, ppo
+from objectives.selective import selective_cross_entropy
 from objectives.statistics import LogProbs, linear_sequence_logps, log_collision, sequence_logps, token_logps
+from objectives.unlearning import (
+    gradient_ascent,
+    npo,
+    rerouting,
+    rerouting_retain,
+    rerouting_weights,
+    retain_kl,
+    simnpo,
+)
 
 __all__ = [
     "OBJECTIVES",
@@ -121,6 +148,7 @@ __all__ = [
     "bradley_terry_ties",
     "calibration_bins",
     "cell",
+    "chat_vector",
     "clipped_value",
     "comparison_direction",
     "comparison_step",
@@ -140,30 +168,45 @@ __all__ = [
     "ema_update",
     "epistemic_covariance",
     "exo",
+    "feature_distillation",
     "fictitious_opponent",
+    "function_matching",
     "general_preference",
     "general_preference_score",
     "geometric_mixture",
     "gpo",
+    "gradient_ascent",
+    "greedy_soup",
     "grpo",
+    "hide_tokens",
     "hinge",
+    "info_nce",
     "init_mixing",
+    "instruction_modelling",
     "ipo",
     "kto",
     "ld_dpo",
+    "learned_masked_diffusion",
     "linear_sequence_logps",
     "list_objectives",
     "log_collision",
     "logit_distillation",
     "mappo",
+    "mask_tokens_by_class",
     "masked_diffusion",
+    "masked_language_model",
+    "melle",
     "metaapo",
     "metaapo_weights",
     "mixing_weight",
+    "mixup",
     "mmpo",
     "multi_attribute",
+    "multi_token_heads",
+    "multi_token_prediction",
     "nca",
     "noisy_pairs",
+    "npo",
     "orpo",
     "outcome_value",
     "padll",
@@ -172,21 +215,31 @@ __all__ = [
     "pfl",
     "phantom",
     "ppo",
+    "preference_distillation",
     "r_dpo",
     "ranking_consistency",
+    "rerouting",
+    "rerouting_retain",
+    "rerouting_weights",
+    "retain_kl",
     "reward_augmented_pairs",
     "reward_distillation",
     "robust_dpo",
     "rpo",
     "rpo_diagonal",
     "rpo_unpaired",
+    "sce_merge",
+    "selective_cross_entropy",
     "selm",
     "sequence_logps",
+    "simnpo",
     "simpo",
+    "soup",
     "spin",
     "splice_segment",
     "sppo",
     "step_values",
+    "task_arithmetic",
     "tgdpo",
     "todo",
     "token_logps",
@@ -194,6 +247,8 @@ __all__ = [
     "tpo_l",
     "uncertain_comparisons",
     "uncertainty_tuning",
+    "vector_regression",
+    "weighted_cross_entropy",
     "wpo",
     "wrpo",
 ]

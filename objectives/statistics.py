@@ -79,7 +79,7 @@ def sequence_logps(
             f"got {logits.shape}, {targets.shape} and {mask.shape}"
         )
     _check_values(targets, mask, logits.shape[-1], examples, num_examples)
-    return _collect(token_logps(logits, targets, mask), mask, examples, num_examples)
+    return collect_logps(token_logps(logits, targets, mask), mask, examples, num_examples)
 
 
 def token_logps(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
@@ -136,7 +136,7 @@ def linear_sequence_logps(
     counted = mask != 0
     labels = jnp.where(counted, targets, 0).astype(jnp.int32).reshape(-1)
     nll = linear_cross_entropy(x.reshape(-1, x.shape[-1]), w, labels, **head).nll
-    return _collect(-jnp.where(counted, nll.reshape(targets.shape), 0.0), mask, examples, num_examples)
+    return collect_logps(-jnp.where(counted, nll.reshape(targets.shape), 0.0), mask, examples, num_examples)
 
 
 def log_collision(logits: jax.Array, mask: jax.Array) -> jax.Array:
@@ -191,7 +191,10 @@ def _check_values(
         )
 
 
-def _collect(per_token: jax.Array, mask: jax.Array, examples: jax.Array | None, num_examples: int | None) -> LogProbs:
+def collect_logps(
+    per_token: jax.Array, mask: jax.Array, examples: jax.Array | None = None, num_examples: int | None = None
+) -> LogProbs:
+    """LogProbs of `token_logps`; arguments as in `sequence_logps`."""
     mask = mask.astype(jnp.float32)
     if examples is None or num_examples is None:
         total, count = jnp.sum(per_token, axis=-1), jnp.sum(mask, axis=-1)

@@ -10,13 +10,15 @@ from jax import lax
 NARROW_CHUNK = 32  # tokens
 
 
-def is_narrow(key: int, value: int) -> bool:
-    """Whether a head of these widths is better off with chunks of NARROW_CHUNK tokens, as no published model's is.
+def is_narrow(key: int, value: int, implementation: str | None) -> bool:
+    """Whether heads of these widths take chunks of NARROW_CHUNK tokens where a call does not say.
+
+    No published model's heads are so narrow, and kernels by name take whole registers of tokens.
 
     Products within a chunk cost C (K + V) per token, those with its state 2 K V: where both widths are below 64, a
     chunk as the matrix units of accelerators want it costs more than it saves, on a CPU two to four times.
     """
-    return max(key, value) < 2 * NARROW_CHUNK
+    return max(key, value) < 2 * NARROW_CHUNK and implementation in (None, "xla")
 
 
 def opaque(x: jax.Array) -> jax.Array:

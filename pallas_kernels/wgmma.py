@@ -109,11 +109,38 @@ def multiply_parts(
     a: Sequence[Any], b: Sequence[Any], onto: jax.Array | None = None, *, transpose: bool = False
 ) -> jax.Array:
     """`multiply` of matrices in parts, the smallest terms first."""
-    for i in reversed(range(len(a))):
-        for j in reversed(range(len(b) - i)):
-            onto = multiply(a[i], b[j], onto, transpose=transpose)
-    assert onto is not None
-    return onto
+    pairs: list[tuple[Any, Any]] = [(a[i], b[j]) for i in reversed(range(len(a))) for j in reversed(range(len(b) - i))]
+    if interpreted():
+        for x, y in pairs:
+            onto = _multiply_values(x, y, onto, transpose)
+        assert onto is not None
+        return onto
+    if transpose:
+        pairs = [(x, plgpu.transpose_ref(y, (1, 0))) for x, y in pairs]
+
+    def product(total: Any) -> None:
+        for x, y in pairs:
+            plgpu.wgmma(total, x, y)
+
+    if onto is not None:
+        total: Any = plgpu.WGMMAAccumulatorRef.init(onto)
+        return pl.run_state(product)(total)
+
+    def scoped(total: Any) -> Any:
+        product(total)
+        return total[...]
+
+    rows, columns = pairs[0][0].shape[0], pairs[0][1].shape[1]
+    return pl.run_scoped(scoped, plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32))
+
+
+def _multiply_values(a: Any, b: Any, onto: jax.Array | None, transpose: bool) -> jax.Array:
+    """`multiply` as XLA's product of values."""
+    a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    result = jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    return result if onto is None else onto + result
 
 
 def multiply(a: Any, b: Any, onto: jax.Array | None = None, *, transpose: bool = False) -> jax.Array:
@@ -125,24 +152,7 @@ def multiply(a: Any, b: Any, onto: jax.Array | None = None, *, transpose: bool =
       onto: float32[m, n]; None = 0.
       transpose: whether to multiply with the transpose of b.
     """
-    if interpreted():
-        a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
-        precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-        dims = (((1,), (1 if transpose else 0,)), ((), ()))
-        result = jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
-        return result if onto is None else onto + result
-    if transpose:
-        b = plgpu.transpose_ref(b, (1, 0))
-    if onto is not None:
-        total: Any = plgpu.WGMMAAccumulatorRef.init(onto)
-        return pl.run_state(lambda total: plgpu.wgmma(total, a, b))(total)
-
-    def product(total: Any) -> Any:
-        plgpu.wgmma(total, a, b)
-        return total[...]
-
-    total = plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32)
-    return pl.run_scoped(product, total)
+    return multiply_parts((a,), (b,), onto, transpose=transpose)
 
 
 class Stream(NamedTuple):
@@ -172,7 +182,8 @@ class Stream(NamedTuple):
 
     def take(self, step: Any) -> Any:
         """Waits for a step; returns its slot."""
-        slot = jax.lax.rem(step, self.slots)
+        # The compiler would keep the addresses of all tiles of a slot that it knows in registers, and spill others.
+        slot = jax.lax.rem(step, self.slots) if self.slots > 1 else jax.lax.shift_right_logical(step, jnp.int32(30))
         plgpu.barrier_wait(self.full.at[slot])
         return slot
 

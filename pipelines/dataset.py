@@ -13,7 +13,7 @@ from absl import logging
 
 from pipelines.errors import DataError
 from pipelines.files import atomic_folder
-from pipelines.sources import SPLITS, Document, Source, make_source
+from pipelines.sources import SPLITS, Source, make_source
 from pipelines.tokenizers import TOKENIZERS, Tokenizer, load_tokenizer, train_bpe
 from zoo.core.registry import check_keys
 
@@ -121,7 +121,7 @@ def prepare(source: Mapping[str, Any], tokenizer: Mapping[str, Any], workdir: st
         DataError: bad data, or no document for training.
         KeyError, ValueError: unknown names or options.
     """
-    tokenizer = _checked_tokenizer(tokenizer)
+    tokenizer = check_tokenizer(tokenizer)
     made = make_source(source)
     root = pathlib.Path(workdir) / "data"
     fingerprint = _fingerprint(made, tokenizer)
@@ -132,7 +132,8 @@ def prepare(source: Mapping[str, Any], tokenizer: Mapping[str, Any], workdir: st
     return TextDataset(final)
 
 
-def _checked_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+def check_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a tokenizer as a dict; KeyError or ValueError for an unknown name or a bad option."""
     config = dict(config)
     if "name" not in config:
         raise ValueError("a tokenizer config needs a 'name', for example {'name': 'bytes'}")
@@ -158,7 +159,8 @@ def _fingerprint(source: Source, tokenizer: Mapping[str, Any]) -> str:
 
 def _build(source: Source, config: Mapping[str, Any], folder: pathlib.Path, cache: pathlib.Path, configs: dict) -> None:
     """Writes tokenizer.json, one folder per split, and info.json into `folder`."""
-    tokenizer = _make_tokenizer(source, config, cache)
+    train = (document.text for document in source.documents(cache) if document.split == "train")
+    tokenizer = make_tokenizer(config, train)
     tokenizer.save(folder / "tokenizer.json")
     writers = {split: _SplitWriter(folder / split, tokenizer) for split in SPLITS}
     for document in source.documents(cache):
@@ -171,11 +173,9 @@ def _build(source: Source, config: Mapping[str, Any], folder: pathlib.Path, cach
     logging.info("tokenised %s: %s", source, info)
 
 
-def _make_tokenizer(source: Source, config: Mapping[str, Any], cache: pathlib.Path) -> Tokenizer:
-    if config["name"] != "bpe":
-        return _untrained(config)
-    train: Iterable[Document] = (item for item in source.documents(cache) if item.split == "train")
-    return train_bpe((document.text for document in train), config["vocab_size"])
+def make_tokenizer(config: Mapping[str, Any], texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of a checked config; `texts`, those of the train split, are read where it is trained."""
+    return train_bpe(texts, config["vocab_size"]) if config["name"] == "bpe" else _untrained(config)
 
 
 class _SplitWriter:

@@ -113,7 +113,7 @@ def _finish_row(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {
         "tokens": packed["tokens"],
         "targets": packed["targets"],
-        "loss_mask": (segment_ids > 0).astype(np.float32),
+        "loss_mask": packed.get("loss_mask", (segment_ids > 0).astype(np.float32)),
         "segment_ids": segment_ids,
         "positions": packed["tokens_positions"],
     }
@@ -123,6 +123,25 @@ def _pack(documents: grain.MapDataset, length: int) -> grain.IterDataset:
     pairs = documents.map(as_pairs).to_iter_dataset(READ)
     packed = grain.experimental.ConcatThenSplitIterDataset(pairs, length_struct={"tokens": length, "targets": length})
     return _JsonSafeState(packed).map(_finish_row)
+
+
+def pack_whole(pairs: grain.IterDataset, length: int, *, bins: int = 64, seed: int = 0) -> grain.IterDataset:
+    """Rows of whole examples, none of them split: each goes into the fullest of `bins` open rows that has room for it.
+
+    When one has room in none, all open rows are given out in a random order. The last rows are padded.
+
+    Args:
+        pairs: examples of at most `length` tokens: `tokens`, `targets` int32[T], `loss_mask` float32[T].
+        length: row length L.
+        bins: open rows; more of them leave less padding.
+        seed: of the order in which they are given out.
+
+    Returns:
+        Rows as of `train_iterator`; the loss masks are those of the examples.
+    """
+    struct = dict.fromkeys(("tokens", "targets", "loss_mask"), length)
+    packed = grain.experimental.BestFitPackIterDataset(pairs, length_struct=struct, num_packing_bins=bins, seed=seed)
+    return packed.map(_finish_row)
 
 
 def local_batches(
@@ -143,10 +162,13 @@ def local_batches(
 
     def local_rows(batch):
         missing = batch_size - len(batch["tokens"])
-        padded = {key: np.pad(value, ((0, missing), (0, 0))) if missing else value for key, value in batch.items()}
-        return {key: value[block] for key, value in padded.items()}
+        return {key: _pad_rows(value, missing)[block] for key, value in batch.items()}
 
     return rows.batch(batch_size, drop_remainder=False).map(local_rows)
+
+
+def _pad_rows(rows: np.ndarray, missing: int) -> np.ndarray:
+    return np.pad(rows, ((0, missing), *[(0, 0)] * (rows.ndim - 1))) if missing else rows
 
 
 class _JsonSafeState(grain.IterDataset):

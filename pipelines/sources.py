@@ -11,8 +11,8 @@ import glob
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,7 @@ from zoo.core.registry import Registry, check_keys
 
 SOURCES = Registry("source")
 SPLITS = ("train", "validation")
+T = TypeVar("T")
 
 
 class Document(NamedTuple):
@@ -37,11 +38,20 @@ class Document(NamedTuple):
 
 def make_source(config: Mapping[str, Any]) -> "Source":
     """Builds the source that `config["name"]` names with the other entries as its options."""
+    return build_source(SOURCES, config)
+
+
+def build_source(registry: Registry, config: Mapping[str, Any]) -> Any:
+    """Builds what `config["name"]` names in a registry of dataclasses, with the other entries as its options.
+
+    Raises:
+        KeyError, ValueError: an unknown name or option, with the nearest one; an option that is missing or refused.
+    """
     options = dict(config)
     if "name" not in options:
-        raise ValueError("a source config needs a 'name', for example {'name': 'stdlib'}")
+        raise ValueError(f"a source config needs a 'name', for example {{'name': {registry.names()[0]!r}}}")
     name = options.pop("name")
-    kind = SOURCES.get(name)
+    kind = registry.get(name)
     allowed = [field.name for field in dataclasses.fields(kind) if field.init]
     check_keys(f"source {name!r}", options, allowed)
     required = [f.name for f in dataclasses.fields(kind) if f.init and f.default is dataclasses.MISSING]
@@ -52,19 +62,20 @@ def make_source(config: Mapping[str, Any]) -> "Source":
 
 
 @dataclasses.dataclass(kw_only=True)
-class Source:
-    """What every source shares: the split, the treatment of bad data, and the fingerprint.
+class BaseSource:
+    """What sources of documents and of conversations share: the split, the treatment of bad data, the fingerprint.
 
     Args:
-        heldout_fraction: share of the documents held out for validation, chosen by a stable hash of the text,
-            so that equal texts are on one side and the choice survives renamed files and moved lines.
-        on_error: "raise" stops at the first bad document; "skip" leaves it out and counts it in `skipped`.
+        heldout_fraction: share held out for validation, chosen by a stable hash of the text, so that equal texts are
+            on one side and the choice survives renamed files and moved lines.
+        on_error: "raise" stops at the first bad item; "skip" leaves it out and counts it in `skipped`.
     """
 
     heldout_fraction: float = 0.05
     on_error: str = "raise"
     skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter, init=False, repr=False)
-    version: ClassVar[int] = 1  # raise it when the documents that a source yields change
+    version: ClassVar[int] = 1  # raise it when what a source yields changes
+    items: ClassVar[str] = "documents"
 
     def __post_init__(self):
         if self.on_error not in ("raise", "skip"):
@@ -75,6 +86,48 @@ class Source:
     def files(self) -> list[pathlib.Path]:
         """The files that are read, in order."""
         raise NotImplementedError
+
+    def usable(self, found: Iterable[T | DataError]) -> Iterator[T]:
+        """What is no error; an error is raised, or counted in `skipped`, as `on_error` says.
+
+        Raises:
+            DataError: a bad item (with on_error="raise"), or nothing to read at all.
+        """
+        self.skipped.clear()
+        total = 0
+        for item in found:
+            if not isinstance(item, DataError):
+                total += 1
+                yield item
+            elif self.on_error == "raise":
+                raise item
+            else:
+                self.skipped[item.reason] += 1
+        if self.skipped:
+            counts = dict(self.skipped)
+            logging.warning("%s: skipped %s of %d %s", self, counts, total + self.skipped.total(), self.items)
+        if not total:
+            raise DataError(f"no usable {self.items[:-1]}", str(self), f"skipped: {dict(self.skipped) or 'none'}")
+
+    def fingerprint(self) -> str:
+        """Hash of the options and of the content of every file."""
+        digest = hashlib.blake2b(digest_size=16)
+        # Two paths to the same content give the same documents, so paths stay out of the hash.
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("skipped", "path", "paths")}
+        digest.update(json.dumps([type(self).__name__, self.version, options], sort_keys=True).encode())
+        for path in self.files():
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        return digest.hexdigest()
+
+    def split(self, text: str) -> str:
+        """The split that a text belongs to."""
+        return "validation" if is_heldout(text, self.heldout_fraction) else "train"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Source(BaseSource):
+    """A stream of documents."""
 
     def read(self, cache_dir: pathlib.Path) -> Iterator[tuple[str, str] | tuple[str, str, str] | DataError]:
         """Yields (text, origin), or (text, origin, split), or the error that stands in a document's place."""
@@ -89,41 +142,17 @@ class Source:
         Raises:
             DataError: a bad document (with on_error="raise"), or nothing to read at all.
         """
-        self.skipped.clear()
-        total = 0
-        for item in self.read(pathlib.Path(cache_dir)):
-            if not isinstance(item, DataError):
-                text, origin, *split = item
-                problem = _problem(text, origin)
-                if problem is None:
-                    total += 1
-                    yield Document(text, origin, split[0] if split else self._split(text))
-                    continue
-                item = problem
-            if self.on_error == "raise":
-                raise item
-            self.skipped[item.reason] += 1
-        if self.skipped:
-            logging.warning("%s: skipped %s of %d documents", self, dict(self.skipped), total + self.skipped.total())
-        if not total:
-            raise DataError("no usable document", str(self), f"skipped: {dict(self.skipped) or 'none'}")
+        return self.usable(map(self._document, self.read(pathlib.Path(cache_dir))))
 
-    def fingerprint(self) -> str:
-        """Hash of the options and of the content of every file."""
-        digest = hashlib.blake2b(digest_size=16)
-        # Two paths to the same content give the same documents, so paths stay out of the hash.
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("skipped", "path", "paths")}
-        digest.update(json.dumps([type(self).__name__, self.version, options], sort_keys=True).encode())
-        for path in self.files():
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-        return digest.hexdigest()
-
-    def _split(self, text: str) -> str:
-        return "validation" if is_heldout(text, self.heldout_fraction) else "train"
+    def _document(self, item: tuple[str, str] | tuple[str, str, str] | DataError) -> Document | DataError:
+        if isinstance(item, DataError):
+            return item
+        text, origin, *split = item
+        return text_problem(text, origin) or Document(text, origin, split[0] if split else self.split(text))
 
 
-def _problem(text: Any, origin: str) -> DataError | None:
+def text_problem(text: Any, origin: str) -> DataError | None:
+    """What is wrong with a text, or None."""
     if not isinstance(text, str):
         return DataError("not a text", origin, f"found {type(text).__name__}, expected a string")
     if not text:
@@ -150,7 +179,7 @@ def _decode(data: bytes, origin: str, first_line: int | None = None) -> str | Da
         )
 
 
-def _expand(paths: str | Sequence[str]) -> list[pathlib.Path]:
+def expand_paths(paths: str | Sequence[str]) -> list[pathlib.Path]:
     """Existing files of one path or many; a path may be a glob pattern."""
     names = [paths] if isinstance(paths, str | pathlib.Path) else list(paths)
     found = []
@@ -163,6 +192,36 @@ def _expand(paths: str | Sequence[str]) -> list[pathlib.Path]:
     if not found:
         raise ValueError("paths is empty: name at least one file")
     return found
+
+
+def json_records(files: Iterable[pathlib.Path]) -> Iterator[tuple[dict[str, Any], str] | DataError]:
+    """Yields every line of the files as (JSON object, "file:line"), or the error that stands in its place."""
+    for path in files:
+        if not path.stat().st_size:
+            yield DataError("empty file", str(path))
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield _json_record(line, f"{path}:{number}")
+
+
+def _json_record(line: bytes, origin: str) -> tuple[dict[str, Any], str] | DataError:
+    text = _decode(line, origin)
+    if isinstance(text, DataError):
+        return text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return DataError("not JSON", origin, f"{error} in {text.strip()[:60]!r}")
+    if not isinstance(record, dict):
+        return DataError("not a JSON object", origin, f"found {type(record).__name__}")
+    return record, origin
+
+
+def field_of(record: Mapping[str, Any], field: str, origin: str) -> Any:
+    """A field of a record; DataError that lists those there are, where it is missing."""
+    if field not in record:
+        raise DataError("missing field", origin, f"no {field!r}; the line has {sorted(record)[:10]}")
+    return record[field]
 
 
 @SOURCES.register("stdlib")
@@ -266,31 +325,19 @@ class JsonLines(Source):
 
     def files(self) -> list[pathlib.Path]:
         """The files in the order they were named; patterns expand sorted."""
-        return _expand(self.paths)
+        return expand_paths(self.paths)
 
     def read(self, cache_dir):
         """Yields one document per line."""
         del cache_dir
-        for path in self.files():
-            if not path.stat().st_size:
-                yield DataError("empty file", str(path))
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    yield self._parse(line, f"{path}:{number}")
+        for item in json_records(self.files()):
+            yield item if isinstance(item, DataError) else self._text(*item)
 
-    def _parse(self, line: bytes, origin: str) -> tuple[str, str] | DataError:
-        text = _decode(line, origin)
-        if isinstance(text, DataError):
-            return text
+    def _text(self, record: dict[str, Any], origin: str) -> tuple[str, str] | DataError:
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            return DataError("not JSON", origin, f"{error} in {text.strip()[:60]!r}")
-        if not isinstance(record, dict):
-            return DataError("not a JSON object", origin, f"found {type(record).__name__}")
-        if self.field not in record:
-            return DataError("missing field", origin, f"no {self.field!r}; the line has {sorted(record)[:10]}")
-        return record[self.field], origin
+            return field_of(record, self.field, origin), origin
+        except DataError as error:
+            return error
 
 
 @SOURCES.register("parquet")
@@ -308,7 +355,7 @@ class Parquet(Source):
 
     def files(self) -> list[pathlib.Path]:
         """The files in the order they were named; patterns expand sorted."""
-        return _expand(self.paths)
+        return expand_paths(self.paths)
 
     def read(self, cache_dir):
         """Yields one document per row; rows count from 1."""

@@ -28,13 +28,27 @@ def get_config() -> Any:
     # Parameters of step 0: "random"; "run", those of another run's `workdir` (and `checkpoint`: best, last or a step);
     # "hf", of a Hugging Face `folder`. Where the model is converted from that one, so are they.
     config.initial = {"name": "random"}
-    # Of a distillation: "none"; "initial", the model of config.initial as it is there; "run" or "hf", as above.
+    # Of a distillation, or the frozen reference of an objective: "none"; "initial", the model of config.initial as it
+    # is there; "run" or "hf", as above. precompute=True: a reference's log-probabilities are computed once, into the
+    # workdir, and its parameters dropped.
     config.teacher = {"name": "none"}
     config.adapter = {"name": "none"}  # or "lora" with pattern (globs over parameter paths), rank, alpha
     # Globs over parameter paths: what matches one of trainable and none of frozen is trained, the rest stays.
     config.trainable = ("*",)
     config.frozen = ()
     config.objective = {"name": "cross_entropy"}
+    # Responses that are drawn in training: "none"; "policy", `samples` for each prompt, of the model itself, for
+    # objectives of rewards; "teacher", a rejected response to each prompt, of the teacher. reward: a name of
+    # pipelines.rewards.REWARDS. advantages: group, group_unscaled or leave_one_out.
+    config.rollout = {
+        "name": "none",
+        "samples": 8,
+        "max_tokens": 16,
+        "temperature": 1.0,
+        "reward": "exact_match",
+        "advantages": "group",
+    }
+    # name: any of `python -m objectives.catalog --category optimizer`, whose options stand beside it.
     config.optimizer = {
         "name": "adamw",
         "learning_rate": 1e-3,
@@ -42,7 +56,8 @@ def get_config() -> Any:
         # steps: horizon of the schedule; None = config.steps
         "schedule": {"name": "cosine", "warmup_steps": 100, "steps": config_dict.placeholder(int)},
     }
-    # source: of text, or a task of ids ("state_tracking", "mqar"), whose tokenizer has the name "none".
+    # source: of text; a task of ids ("state_tracking", "mqar"), whose tokenizer has the name "none"; or of responses
+    # ("sft", "pairs", "unpaired", "ranked", "arithmetic").
     # shuffle_rows and directory are for text.
     config.data = {
         "source": {"name": "stdlib"},

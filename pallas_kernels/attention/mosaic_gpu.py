@@ -7,6 +7,8 @@ keys and values of the tile's band, block by block, into a ring of shared memory
 and window, and with documents those before the first and after the last that share a document with the tile, are not
 loaded. Only blocks on the diagonal or on the window's edge compute a mask.
 
+XLA cuts float32 arrays into the two parts that the matrix units take; weights and their gradients are cut in registers.
+
 Compile with CUDA 12.9.1 or later, or before 12.8: JAX refuses to run its own causal kernel of this form with those
 between, whose ptxas miscompiles the mask.
 """
@@ -34,12 +36,16 @@ from pallas_kernels.wgmma import (
     indices,
     load,
     matrix_ref,
-    multiply,
+    multiply_parts,
+    parts,
+    split,
+    split_array,
+    split_ref,
 )
 
 CONSUMERS = 2  # warpgroups that compute
 LOG2_E = math.log2(math.e)  # exponentials of two are what the chip has: scores are kept in units of log 2
-MAX_WIDTH = 256  # a warpgroup's 64 rows of output stay in registers
+MAX_WIDTH = 256  # of 16-bit numbers: a warpgroup's 64 rows of output stay in registers; half of it of float32
 _SMEM_SLACK = 16 * 1024  # barriers, and every buffer up to 1 KiB
 _Q_PAD, _KV_PAD = -2, -1  # documents of padding: they differ, so that padding sees no padding
 
@@ -73,10 +79,11 @@ def choose_blocks(held: int, streamed: int, most: int) -> Blocks:
     return Blocks(rows, step, min(4, spare // (step * streamed)))
 
 
-def forward_blocks(key: int, value: int) -> Blocks:
-    """Blocks of the forward kernel for 16-bit keys and values of these widths."""
-    held = 2 * key + (0 if key == value else 2 * value) + 8  # queries (the output takes their place), lse, document
-    return choose_blocks(held, 2 * (key + value) + 4, 128 if max(key, value) <= 128 else 64)
+def forward_blocks(key: int, value: int, size: int = 2) -> Blocks:
+    """Blocks of the forward kernel for keys and values of these widths, of `size` bytes a number."""
+    # Queries, whose place 16-bit output takes where it has their width (float32 needs none), lse, document.
+    held = size * key + (0 if key == value or size == 4 else size * value) + 8
+    return choose_blocks(held, size * (key + value) + 4, 128 if max(key, value) <= 128 else 64)
 
 
 class Band(NamedTuple):
@@ -116,6 +123,44 @@ class Band(NamedTuple):
         return jnp.right_shift(index, self.blocks.step.bit_length() - 1)  # sizes are powers of two
 
 
+def bounded(product, scale: float, soft_cap: float | None) -> tuple[jax.Array, jax.Array | None]:
+    """Scores in units of log 2 from the products of queries and keys, and the tanh that bounds them."""
+    if soft_cap is None:
+        return product * (scale * LOG2_E), None
+    # The chip's own tanh has 11 bits; this one is exact to a float32 epsilon of the bound.
+    e = jnp.exp2(product * (2 * scale * LOG2_E / soft_cap))
+    tanh = 1.0 - 2.0 / (1.0 + e)
+    return tanh * (soft_cap * LOG2_E), tanh
+
+
+class Softmax(NamedTuple):
+    """An online softmax of rows: sums of weighted values, the largest score, the sum of weights (arXiv:1805.02867)."""
+
+    acc: jax.Array
+    peak: jax.Array
+    total: jax.Array
+
+    @classmethod
+    def start(cls, rows: int, width: int) -> "Softmax":
+        """Of no scores."""
+        return cls(full((rows, width), 0.0, MATRIX), full((rows,), -jnp.inf, ROWS), full((rows,), 0.0, ROWS))
+
+    def update(self, s, attend: Callable[[jax.Array, jax.Array], jax.Array], *, masked: bool) -> "Softmax":
+        """With scores s; `attend(p, acc)` adds the values weighted by p to acc."""
+        peak = jnp.maximum(self.peak, jnp.max(s, axis=1))
+        shift = jnp.where(peak == -jnp.inf, 0.0, peak) if masked else peak
+        p, decay = jnp.exp2(s - across(shift, s.shape, 0)), jnp.exp2(self.peak - shift)
+        total = self.total * decay + jnp.sum(p, axis=1)
+        return Softmax(attend(p, self.acc * across(decay, self.acc.shape, 0)), peak, total)
+
+    def finish(self) -> tuple[jax.Array, jax.Array]:
+        """The attended values and the log-sum-exp, 0 and -inf where nothing is seen."""
+        share = 1.0 / jnp.where(self.total > 0, self.total, 1.0)
+        y = self.acc * across(share, self.acc.shape, 0)
+        # Where nothing is seen the peak is -inf; where something is, the total is at least 1.
+        return y, self.peak * (1 / LOG2_E) + jnp.log(jnp.maximum(self.total, 1.0))
+
+
 class Scores(NamedTuple):
     """How scores come from products: what every kernel needs beside its blocks."""
 
@@ -126,12 +171,7 @@ class Scores(NamedTuple):
 
     def scores(self, product) -> tuple[jax.Array, jax.Array | None]:
         """Scores in units of log 2, bounded but not masked, and the tanh that bounds them."""
-        if self.soft_cap is None:
-            return product * (self.scale * LOG2_E), None
-        # The chip's own tanh has 11 bits; this one is exact to a float32 epsilon of the bound.
-        e = jnp.exp2(product * (2 * self.scale * LOG2_E / self.soft_cap))
-        tanh = 1.0 - 2.0 / (1.0 + e)
-        return tanh * (self.soft_cap * LOG2_E), tanh
+        return bounded(product, self.scale, self.soft_cap)
 
     def hide(self, s, q_start, kv_start, q_documents, kv_documents, q_axis: int) -> jax.Array:
         """Scores with -inf where the query, along `q_axis`, does not see the key."""
@@ -174,10 +214,10 @@ class Layout(NamedTuple):
     documents: tuple[jax.Array, ...]  # of queries and of keys, int32[B, T]; or nothing
 
     def rows(self, x, documents) -> jax.Array:
-        """[B, T, heads, width] as the kernels take it."""
+        """[B, T, heads, width] as the kernels take it: [B, length, heads, parts * width]."""
         # Zero times NaN is NaN: what padding holds must be gone before a product with a zero weight.
         x = x if documents is None else jnp.where((documents >= 0)[:, :, None, None], x, 0)
-        return self.pad(x)
+        return split(self.pad(x))
 
     def statistic(self, x) -> jax.Array:
         """[B, T, H] -> [B, H, T]."""
@@ -227,29 +267,30 @@ def supports(q, k, v, q_positions, *rest, **options) -> None:
             "attention: mosaic_gpu does not serve q_positions and kv_positions: its kernels skip blocks by index; "
             "leave them out for self-attention, or use 'xla'"
         )
-    if q.dtype == jnp.float32:
+    most = MAX_WIDTH // parts(q.dtype)
+    if any(width % 64 or width > most for width in widths):
         raise UnsupportedError(
-            "attention: mosaic_gpu does not serve q, k and v of dtype float32: the matrix units would round them; "
-            "use bfloat16, or 'xla'"
-        )
-    if any(width % 64 or width > MAX_WIDTH for width in widths):
-        raise UnsupportedError(
-            f"attention: mosaic_gpu does not serve widths K={widths[0]}, V={widths[1]} of q, k and v: its tiles "
-            f"take multiples of 64 up to {MAX_WIDTH}; use 'xla'"
+            f"attention: mosaic_gpu does not serve widths K={widths[0]}, V={widths[1]} of q, k and v in {q.dtype}: its "
+            f"tiles take multiples of 64 up to {most}; use 'xla'"
         )
 
 
 def kernel(
-    name: str, body: Callable[..., None], out_type: Any, scratch: Any, grid: dict[str, int]
+    name: str,
+    body: Callable[..., None],
+    out_type: Any,
+    scratch: Any,
+    grid: dict[str, int],
+    consumers: int = CONSUMERS,
 ) -> Callable[..., Any]:
-    """`body` as a kernel of `CONSUMERS` warpgroups that compute and one that copies."""
+    """`body` as a kernel of `consumers` warpgroups that compute and one that copies."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=CONSUMERS + 1,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
@@ -257,18 +298,22 @@ def kernel(
     )
 
 
-def roles(consume: Callable[[Any], None], produce: Callable[[], None]) -> None:
+def roles(consume: Callable[[Any], None], produce: Callable[[], None], consumers: int = CONSUMERS) -> None:
     """Has consumer warpgroups call `consume(index)` and the last one `produce()`."""
     index = jax.lax.axis_index("warpgroup")
 
-    @pl.when(index < CONSUMERS)
+    def set_registers(count, action):
+        if consumers > 1:  # two warpgroups have all that a thread can address
+            plgpu.set_max_registers(count, action=action)
+
+    @pl.when(index < consumers)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        set_registers(232, "increase")
         consume(index)
 
-    @pl.when(index == CONSUMERS)
+    @pl.when(index == consumers)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        set_registers(40, "decrease")
         produce()
 
 
@@ -278,18 +323,32 @@ def copy_all(pairs, barrier) -> None:
         plgpu.copy_gmem_to_smem(source, destination, barrier)
 
 
-def stream_barriers(slots: int, copies: int) -> tuple[Any, Any]:
-    """The barriers of a `Stream` whose steps are so many copies."""
+def write(*outputs: tuple[jax.Array, Any, Any]) -> None:
+    """Writes (array in registers, reference to global memory, place in shared memory or None) triples."""
+    for x, ref, place in outputs:
+        if place is None:  # four threads write 32 bytes of a row at once
+            ref[...] = x.astype(ref.dtype)
+        else:
+            place[...] = x.astype(place.dtype)
+    plgpu.commit_smem()
+    for _, ref, place in outputs:
+        if place is not None:
+            plgpu.copy_smem_to_gmem(place, ref)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def stream_barriers(slots: int, copies: int, readers: int = CONSUMERS) -> tuple[Any, Any]:
+    """The barriers of a `Stream` whose steps are so many copies, each read by so many warpgroups."""
     return (
         plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
-        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
     )
 
 
 def _forward_kernel(scores: Scores, ratio: int, *refs):
     *inputs, y_ref, lse_ref, q_smem, k_smem, v_smem, y_smem, lse_smem, marks, held, full_, free = refs
     q_ref, k_ref, v_ref, *documents = inputs
-    band, blocks = scores.band, scores.band.blocks
+    band, blocks, count = scores.band, scores.band.blocks, parts(y_ref.dtype)
     stream = Stream(full_, free, blocks.slots)
     b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     tile = band.length // blocks.tile - 1 - jax.lax.axis_index("tile")  # those with the most steps first
@@ -311,7 +370,8 @@ def _forward_kernel(scores: Scores, ratio: int, *refs):
     def consume(index):
         q_start = tile * blocks.tile + index * blocks.rows
         rows = pl.ds(q_start, blocks.rows)
-        q, y = q_smem.at[index], (q_smem if y_smem is None else y_smem).at[index]
+        q = q_smem.at[index]
+        y = (q_smem if y_smem is None else y_smem).at[index] if count == 1 else None
         pairs = [(q_ref.at[b, rows, h], q)]
         if documents:
             pairs.append((documents[0].at[b, rows], marks[0].at[index]))
@@ -320,31 +380,21 @@ def _forward_kernel(scores: Scores, ratio: int, *refs):
         q_marks = load(marks[0].at[index], ROWS) if documents else None
 
         def update(step, carry, *, masked):
-            acc, peak, total = carry
             slot = stream.take(step - first)
-            s, _ = scores.scores(multiply(q, k_smem.at[slot], transpose=True))
+            s, _ = scores.scores(multiply_parts(split_ref(q, count), split_ref(k_smem.at[slot], count), transpose=True))
             if masked:
                 kv_marks = load(marks[1].at[slot], COLUMNS) if documents else None
                 s = scores.hide(s, q_start, step * blocks.step, q_marks, kv_marks, q_axis=0)
-            new_peak = jnp.maximum(peak, jnp.max(s, axis=1))
-            shift = jnp.where(new_peak == -jnp.inf, 0.0, new_peak) if masked else new_peak
-            p, decay = jnp.exp2(s - across(shift, s.shape, 0)), jnp.exp2(peak - shift)
-            total = total * decay + jnp.sum(p, axis=1)
-            acc = multiply(p.astype(y.dtype), v_smem.at[slot], acc * across(decay, acc.shape, 0))
-            stream.release(slot)
-            return acc, new_peak, total
 
-        shape = (blocks.rows, v_ref.shape[3])
-        start = full(shape, 0.0, MATRIX), full(shape[:1], -jnp.inf, ROWS), full(shape[:1], 0.0, ROWS)
-        acc, peak, total = scores.loop(bounds, update, start)
-        share = 1.0 / jnp.where(total > 0, total, 1.0)
-        y[...] = (acc * across(share, shape, 0)).astype(y.dtype)
-        # Where nothing is seen the peak is -inf; where something is, the total is at least 1.
-        lse_smem.at[index][...] = peak * (1 / LOG2_E) + jnp.log(jnp.maximum(total, 1.0))
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(y, y_ref.at[b, rows, h])
-        plgpu.copy_smem_to_gmem(lse_smem.at[index], lse_ref.at[b, h, rows])
-        plgpu.wait_smem_to_gmem(0)
+            def attend(p, acc):
+                return multiply_parts(split_array(p, count, q_ref.dtype), split_ref(v_smem.at[slot], count), acc)
+
+            carry = carry.update(s, attend, masked=masked)
+            stream.release(slot)
+            return carry
+
+        out, lse = scores.loop(bounds, update, Softmax.start(blocks.rows, y_ref.shape[3])).finish()
+        write((out, y_ref.at[b, rows, h], y), (lse, lse_ref.at[b, h, rows], lse_smem.at[index]))
 
     roles(consume, produce)
 
@@ -364,7 +414,7 @@ def forward(
 ):
     """Arguments as in `attention`, all given; returns (y [B, T, H, V] in q.dtype, lse float32[B, T, H])."""
     (batch, time, heads, key), value = q.shape, v.shape[3]
-    blocks = forward_blocks(key, value)
+    blocks = forward_blocks(key, value, q.dtype.itemsize)
     at = layout(time, q_documents, kv_documents, blocks, window=window, scale=scale, soft_cap=soft_cap)
     length, extra = at.scores.band.length, len(at.documents) // 2
     out_type = [
@@ -374,11 +424,14 @@ def forward(
     marks = None
     if extra:
         marks = (plgpu.SMEM((CONSUMERS, blocks.rows), jnp.int32), plgpu.SMEM((blocks.slots, blocks.step), jnp.int32))
+    arrays = (at.rows(q, q_documents), at.rows(k, kv_documents), at.rows(v, kv_documents))
+    dtype, (q_width, _, v_width) = arrays[0].dtype, (x.shape[3] for x in arrays)
+    staged = key != value and parts(q.dtype) == 1
     scratch = [
-        matrix_ref((CONSUMERS, blocks.rows, key), q.dtype),
-        matrix_ref((blocks.slots, blocks.step, key), q.dtype),
-        matrix_ref((blocks.slots, blocks.step, value), q.dtype),
-        None if key == value else matrix_ref((CONSUMERS, blocks.rows, value), q.dtype),
+        matrix_ref((CONSUMERS, blocks.rows, q_width), dtype),
+        matrix_ref((blocks.slots, blocks.step, q_width), dtype),
+        matrix_ref((blocks.slots, blocks.step, v_width), dtype),
+        matrix_ref((CONSUMERS, blocks.rows, value), dtype) if staged else None,
         plgpu.SMEM((CONSUMERS, blocks.rows), jnp.float32),
         marks,
         plgpu.Barrier(num_arrivals=1 + extra, num_barriers=CONSUMERS),
@@ -386,7 +439,6 @@ def forward(
     ]
     body = functools.partial(_forward_kernel, at.scores, heads // k.shape[2])
     grid = {"head": heads, "tile": length // blocks.tile, "batch": batch}
-    arrays = (at.rows(q, q_documents), at.rows(k, kv_documents), at.rows(v, kv_documents))
     y, lse = kernel("attention_forward", body, out_type, scratch, grid)(
         *arrays, *at.documents, *at.spans(by_query=True)
     )

@@ -26,28 +26,42 @@ from pallas_kernels.attention.mosaic_gpu import (
     layout,
     roles,
     stream_barriers,
+    write,
 )
-from pallas_kernels.wgmma import COLUMNS, MATRIX, ROWS, Stream, across, full, load, matrix_ref, multiply
+from pallas_kernels.wgmma import (
+    COLUMNS,
+    MATRIX,
+    ROWS,
+    Stream,
+    across,
+    full,
+    load,
+    matrix_ref,
+    multiply_parts,
+    parts,
+    split_array,
+    split_ref,
+)
 
-TOGETHER = 128  # up to this width a warpgroup's 64 rows of dk and of dv stay in registers together
+TOGETHER = 128  # of 16-bit numbers: up to it a warpgroup's 64 rows of dk and of dv stay in registers together
 _STATISTICS = 12  # bytes of the log-sum-exp, of delta and of the document of a query
 
 
-def dq_blocks(key: int, value: int) -> Blocks:
-    """Blocks of the kernel of dq for 16-bit numbers of these widths."""
-    held = 2 * (key + value) + _STATISTICS  # queries, whose place dq takes, and dy
-    return choose_blocks(held, 2 * (key + value) + 4, 128 if max(key, value) <= 64 else 64)
+def dq_blocks(key: int, value: int, size: int = 2) -> Blocks:
+    """Blocks of the kernel of dq for numbers of `size` bytes and these widths."""
+    held = size * (key + value) + _STATISTICS  # queries, whose place 16-bit dq takes, and dy
+    return choose_blocks(held, size * (key + value) + 4, 128 if size * max(key, value) <= 128 else 64)
 
 
-def dkv_blocks(key: int, value: int) -> Blocks:
-    """Blocks of the kernel of dk and dv for 16-bit numbers of these widths."""
-    return choose_blocks(2 * (key + value) + 4, 2 * (key + value) + _STATISTICS, 64)
+def dkv_blocks(key: int, value: int, size: int = 2) -> Blocks:
+    """Blocks of the kernel of dk and dv for numbers of `size` bytes and these widths."""
+    return choose_blocks(size * (key + value) + 4, size * (key + value) + _STATISTICS, 64)
 
 
 def _dq_kernel(scores: Scores, ratio: int, *refs):
     *inputs, dq_ref, q_smem, dy_smem, statistics, k_smem, v_smem, marks, held, full_, free = refs
     q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *documents = inputs
-    band, blocks = scores.band, scores.band.blocks
+    band, blocks, count = scores.band, scores.band.blocks, parts(dq_ref.dtype)
     stream = Stream(full_, free, blocks.slots)
     b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     tile = band.length // blocks.tile - 1 - jax.lax.axis_index("tile")  # those with the most steps first
@@ -81,22 +95,20 @@ def _dq_kernel(scores: Scores, ratio: int, *refs):
 
         def update(step, acc, *, masked):
             slot = stream.take(step - first)
-            s, tanh = scores.scores(multiply(q, k_smem.at[slot], transpose=True))
+            k, v = split_ref(k_smem.at[slot], count), split_ref(v_smem.at[slot], count)
+            s, tanh = scores.scores(multiply_parts(split_ref(q, count), k, transpose=True))
             if masked:
                 kv_marks = load(marks[1].at[slot], COLUMNS) if documents else None
                 s = scores.hide(s, q_start, step * blocks.step, q_marks, kv_marks, q_axis=0)
             p = jnp.exp2(s - across(lse, s.shape, 0))
-            dp = multiply(dy, v_smem.at[slot], transpose=True)
+            dp = multiply_parts(split_ref(dy, count), v, transpose=True)
             ds = scores.score_grad(p, dp, across(delta, s.shape, 0), tanh)
-            acc = multiply(ds.astype(k_ref.dtype), k_smem.at[slot], acc)
+            acc = multiply_parts(split_array(ds, count, k_ref.dtype), k, acc)
             stream.release(slot)
             return acc
 
-        acc = scores.loop(bounds, update, full((blocks.rows, q_ref.shape[3]), 0.0, MATRIX))
-        q[...] = (acc * scores.scale).astype(dq_ref.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, dq_ref.at[b, rows, h])
-        plgpu.wait_smem_to_gmem(0)
+        acc = scores.loop(bounds, update, full((blocks.rows, dq_ref.shape[3]), 0.0, MATRIX))
+        write((acc * scores.scale, dq_ref.at[b, rows, h], q if count == 1 else None))
 
     roles(consume, produce)
 
@@ -105,7 +117,7 @@ def _dkv_kernel(scores: Scores, ratio: int, wants: tuple[str, ...], *refs):
     *refs, k_smem, v_smem, q_smem, dy_smem, statistics, marks, held, full_, free = refs
     inputs, outputs = refs[: -len(wants)], dict(zip(wants, refs[-len(wants) :], strict=True))
     q_ref, k_ref, v_ref, dy_ref, lse_ref, delta_ref, *documents = inputs
-    band, blocks = scores.band, scores.band.blocks
+    band, blocks, count = scores.band, scores.band.blocks, parts(refs[-1].dtype)
     stream = Stream(full_, free, blocks.slots)
     b, g, tile = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
     bounds = scores.narrow(band.of_keys(tile * blocks.tile), documents, b, tile)
@@ -137,18 +149,19 @@ def _dkv_kernel(scores: Scores, ratio: int, wants: tuple[str, ...], *refs):
         def update(step, carry, *, masked, before):
             grads = dict(carry)
             slot = stream.take(before + step - first)
-            s, tanh = scores.scores(multiply(k, q_smem.at[slot], transpose=True))
+            q, dy = split_ref(q_smem.at[slot], count), split_ref(dy_smem.at[slot], count)
+            s, tanh = scores.scores(multiply_parts(split_ref(k, count), q, transpose=True))
             if masked:
                 q_marks = load(marks[0].at[slot], COLUMNS) if documents else None
                 s = scores.hide(s, step * blocks.step, kv_start, q_marks, kv_marks, q_axis=1)
             lse, delta = (load(x.at[slot], COLUMNS) for x in statistics)
             p = jnp.exp2(s - across(lse, s.shape, 1))
             if "dv" in grads:
-                grads["dv"] = multiply(p.astype(v_ref.dtype), dy_smem.at[slot], grads["dv"])
+                grads["dv"] = multiply_parts(split_array(p, count, v_ref.dtype), dy, grads["dv"])
             if "dk" in grads:
-                dp = multiply(v, dy_smem.at[slot], transpose=True)
+                dp = multiply_parts(split_ref(v, count), dy, transpose=True)
                 ds = scores.score_grad(p, dp, across(delta, s.shape, 1), tanh)
-                grads["dk"] = multiply(ds.astype(k_ref.dtype), q_smem.at[slot], grads["dk"])
+                grads["dk"] = multiply_parts(split_array(ds, count, k_ref.dtype), q, grads["dk"])
             stream.release(slot)
             return grads
 
@@ -157,14 +170,10 @@ def _dkv_kernel(scores: Scores, ratio: int, wants: tuple[str, ...], *refs):
 
         start = {name: full((blocks.rows, x.shape[3]), 0.0, MATRIX) for name, x in outputs.items()}
         grads = jax.lax.fori_loop(0, ratio, head, start)
-        places = {"dk": k, "dv": v}  # of what is read no more
-        for name, x in grads.items():
-            x = x * scores.scale if name == "dk" else x
-            places[name][...] = x.astype(k_ref.dtype)
-        plgpu.commit_smem()
-        for name, ref in outputs.items():
-            plgpu.copy_smem_to_gmem(places[name], ref.at[b, keys, g])
-        plgpu.wait_smem_to_gmem(0)
+        places = {"dk": k, "dv": v} if count == 1 else {}  # of what is read no more
+        if "dk" in grads:
+            grads["dk"] *= scores.scale
+        write(*((x, outputs[name].at[b, keys, g], places.get(name)) for name, x in grads.items()))
 
     roles(consume, produce)
 
@@ -173,14 +182,15 @@ def _call(wants: tuple[str, ...], q, k, v, dy, lse, delta, q_documents, kv_docum
     """The gradients `wants`, ("dq",) or some of ("dk", "dv"), of arrays as `backward` has them."""
     by_query = wants == ("dq",)
     (batch, time, heads, key), (groups, value) = q.shape, v.shape[2:]
-    blocks = (dq_blocks if by_query else dkv_blocks)(key, value)
+    blocks = (dq_blocks if by_query else dkv_blocks)(key, value, q.dtype.itemsize)
     at = layout(time, q_documents, kv_documents, blocks, **options)
     length, extra = at.scores.band.length, len(at.documents) // 2
     tile, ring = (CONSUMERS, blocks.rows), (blocks.slots, blocks.step)
     of_q, of_kv = (tile, ring) if by_query else (ring, tile)
+    arrays = (at.rows(q, q_documents), at.rows(k, kv_documents), at.rows(v, kv_documents), at.rows(dy, q_documents))
     statistics = (plgpu.SMEM(of_q, jnp.float32),) * 2
-    q_side = [matrix_ref((*of_q, key), q.dtype), matrix_ref((*of_q, value), q.dtype), statistics]
-    kv_side = [matrix_ref((*of_kv, key), q.dtype), matrix_ref((*of_kv, value), q.dtype)]
+    q_side, kv_side = ([matrix_ref((*of, x.shape[3]), x.dtype) for x in arrays[1:3]] for of in (of_q, of_kv))
+    q_side.append(statistics)
     copies = (4 + extra, 2 + extra)
     held, streamed = copies if by_query else copies[::-1]
     scratch = [
@@ -189,15 +199,15 @@ def _call(wants: tuple[str, ...], q, k, v, dy, lse, delta, q_documents, kv_docum
         plgpu.Barrier(num_arrivals=held, num_barriers=CONSUMERS),
         *stream_barriers(blocks.slots, streamed),
     ]
-    arrays = (at.rows(q, q_documents), at.rows(k, kv_documents), at.rows(v, kv_documents), at.rows(dy, q_documents))
-    outputs = [{"dq": arrays[0], "dk": arrays[1], "dv": arrays[2]}[name] for name in wants]
+    shapes = {"dq": (heads, key), "dk": (groups, key), "dv": (groups, value)}
+    out_type = [jax.ShapeDtypeStruct((batch, length, *shapes[name]), q.dtype) for name in wants]
     body = functools.partial(_dq_kernel, at.scores, heads // groups)
     if not by_query:
         body = functools.partial(_dkv_kernel, at.scores, heads // groups, wants)
     grid = {"head": heads if by_query else groups, "tile": length // blocks.tile, "batch": batch}
-    results = kernel(
-        "attention_" + "_".join(wants), body, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs], scratch, grid
-    )(*arrays, at.statistic(lse), at.statistic(delta), *at.documents, *at.spans(by_query=by_query))
+    results = kernel("attention_" + "_".join(wants), body, out_type, scratch, grid)(
+        *arrays, at.statistic(lse), at.statistic(delta), *at.documents, *at.spans(by_query=by_query)
+    )
     return [x[:, :time] for x in results]
 
 
@@ -227,6 +237,6 @@ def backward(
     delta = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1) - jnp.where(sees, dlse, 0.0)
     arrays = (q, k, v, dy, jnp.where(sees, lse, 0.0) * LOG2_E, delta, q_documents, kv_documents)
     options = {"window": window, "scale": scale, "soft_cap": soft_cap}
-    together = max(q.shape[3], v.shape[3]) <= TOGETHER
-    parts = (("dq",), ("dk", "dv")) if together else (("dq",), ("dk",), ("dv",))
-    return tuple(grad for wants in parts for grad in _call(wants, *arrays, **options))
+    together = max(q.shape[3], v.shape[3]) <= TOGETHER // parts(q.dtype)
+    kernels = (("dq",), ("dk", "dv")) if together else (("dq",), ("dk",), ("dv",))
+    return tuple(grad for wants in kernels for grad in _call(wants, *arrays, **options))

@@ -10,6 +10,7 @@ from pallas_kernels import dispatch, partition
 from pallas_kernels.attention import (
     mosaic_gpu,
     mosaic_gpu_backward,
+    mosaic_gpu_slots,
     mosaic_tpu,
     mosaic_tpu_backward,
     mosaic_tpu_slots,
@@ -18,19 +19,28 @@ from pallas_kernels.attention import (
 )
 
 
-def _mosaic_tpu_forward(q, k, v, q_positions, *rest, **options):
-    kernel = mosaic_tpu if q_positions is None else mosaic_tpu_slots
-    return kernel.forward(q, k, v, q_positions, *rest, **options)
+def _forward_of(self_attention, slots):
+    """The forward pass of two modules: one for self-attention, one for positions."""
+
+    def forward(q, k, v, q_positions, *rest, **options):
+        kernel = self_attention if q_positions is None else slots
+        return kernel.forward(q, k, v, q_positions, *rest, **options)
+
+    return forward
 
 
-FORWARD = {"xla": xla.forward, "mosaic_tpu": _mosaic_tpu_forward, "mosaic_gpu": mosaic_gpu.forward}
+FORWARD = {
+    "xla": xla.forward,
+    "mosaic_tpu": _forward_of(mosaic_tpu, mosaic_tpu_slots),
+    "mosaic_gpu": _forward_of(mosaic_gpu, mosaic_gpu_slots),
+}
 BACKWARD = {
     "xla": xla.backward,
     "mosaic_tpu": mosaic_tpu_backward.backward,
     "mosaic_gpu": mosaic_gpu_backward.backward,
 }
 # An implementation's limits: name -> function that raises `dispatch.UnsupportedError` (see `dispatch.run`).
-FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu_slots.supports, "mosaic_gpu": mosaic_gpu.supports}
+FORWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu_slots.supports, "mosaic_gpu": mosaic_gpu_slots.supports}
 BACKWARD_SUPPORTS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.supports, "mosaic_gpu": mosaic_gpu.supports}
 
 # How a mesh divides the op (see `partition.run`).
@@ -91,8 +101,9 @@ def attention(
       scale: score factor; None = K ** -0.5.
       soft_cap: bound of the scores before masking; None = unbounded.
       return_lse: whether to return the log-sum-exp too, for `merge`; it is differentiable.
-      implementation: None (by platform), "xla", "mosaic_tpu", "mosaic_gpu" (not float32; widths in multiples of 64),
-        or "reference" (dense float32, differentiated by JAX).
+      implementation: None (by platform), "xla", "mosaic_tpu", "mosaic_gpu" (widths in multiples of 64; float32 in
+        products of 16 bits), or "reference" (dense float32, differentiated by JAX). With positions, "mosaic_tpu" and
+        "mosaic_gpu" serve decoding, forward only.
 
     Returns:
       y [B, T, H, V] in q's dtype; with `return_lse`, (y, lse) where lse is float32[B, T, H].

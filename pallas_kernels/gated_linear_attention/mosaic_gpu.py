@@ -22,10 +22,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gated_linear_attention import mosaic_gpu_channel, xla
 from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
     AFTER,
+    DECAYS,
     HIGH,
     LOW,
     MIDDLE,
-    SLOTS,
     STEP,
     UNTIL,
     WHOLE,
@@ -36,10 +36,26 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_layout import (
     layout,
     load_state,
     multiply_transposed,
-    wide,
+    slots,
 )
 from pallas_kernels.warpgroup import walk
-from pallas_kernels.wgmma import COLUMNS, MATRIX, ROWS, across, full, indices, load, matrix_ref, multiply
+from pallas_kernels.wgmma import (
+    COLUMNS,
+    MATRIX,
+    ROWS,
+    across,
+    full,
+    indices,
+    join,
+    load,
+    matrix_ref,
+    multiply,
+    multiply_parts,
+    split,
+    split_array,
+    split_ref,
+    store,
+)
 
 
 def fill_ones(ref: Any) -> None:
@@ -65,6 +81,11 @@ def _forward_kernel(lay: Layout, scale: float, carried: bool, save: bool, shared
     state_ref = refs.pop(0) if carried else None
     y_ref, new_state_ref, *boundary_ref = refs
     b, g, h, unit, columns = lay.indices()
+    in_place = v_smem.shape[0] > 1
+
+    def leaving(slot):
+        """Where y lies in shared memory: in the place of the values, or where these are about to come, of the state."""
+        return v_smem.at[slot] if in_place else s_smem.at[:STEP]
 
     def fetch(step, slot):
         rows = pl.ds(step * STEP, STEP)
@@ -81,32 +102,47 @@ def _forward_kernel(lay: Layout, scale: float, carried: bool, save: bool, shared
             def _():
                 boundary_ref[0].at[b, jax.lax.div(step, jnp.int32(lay.saves)), g, :, columns][...] = s
 
-        q, k, v, decays = (ref.at[slot] for ref in (q_smem, k_smem, v_smem, decays_smem))
-        s_smem[...] = s.astype(s_smem.dtype)
+        decays = decays_smem.at[slot]
+        q, k, v = (split_ref(ref.at[slot], lay.parts) for ref in (q_smem, k_smem, v_smem))
+        state = split_ref(s_smem, lay.parts)
+        store(state, s)
         plgpu.commit_smem()
-        scores = multiply(q, k, transpose=True) * weights(decays, ones)
-        y = decayed(load(decays.at[UNTIL], ROWS), multiply(q, s_smem), 0)
-        y = multiply(scores.astype(v.dtype), v, y) * scale
-        # What enters the state, and then what leaves the step, take the place of the values.
-        added = wide(v) * across(load(decays.at[AFTER], ROWS), y.shape, 0)
-        v[...] = added.astype(v.dtype)
+        scores = multiply_parts(q, k, transpose=True) * weights(decays, ones)
+        y = decayed(load(decays.at[UNTIL], ROWS), multiply_parts(q, state), 0)
+        y = multiply_parts(split_array(scores, lay.parts, v_smem.dtype), v, y) * scale
+        # What enters the state takes the place of the values.
+        store(v, join(v, MATRIX) * across(load(decays.at[AFTER], ROWS), y.shape, 0))
         plgpu.commit_smem()
         s = multiply_transposed(k, v, decayed(load(decays.at[WHOLE], COLUMNS), s, 1))
-        v[...] = y.astype(v.dtype)
+        store(split_ref(leaving(slot), lay.parts), y)
         return s
 
-    def store(step, slot):
-        plgpu.copy_smem_to_gmem(v_smem.at[slot], y_ref.at[b, pl.ds(step * STEP, STEP), unit], commit_group=False)
+    def write_out(step, slot):
+        plgpu.copy_smem_to_gmem(leaving(slot), y_ref.at[b, pl.ds(step * STEP, STEP), unit], commit_group=False)
 
     fill_ones(ones)
     start = full((lay.key, STEP), 0.0, MATRIX) if state_ref is None else load_state(state_ref.at[b, g, :, columns])
-    s = walk(lay.steps, SLOTS, barrier, fetch, body, store, start, in_place=True)
+    s = walk(lay.steps, v_smem.shape[0], barrier, fetch, body, write_out, start, in_place=in_place)
     new_state_ref.at[b, g, :, columns][...] = s
+
+
+def scratch(lay: Layout, count: int) -> list[Any]:
+    """Buffers for `count` steps."""
+    rows, width = (count, STEP, lay.parts * lay.key), lay.parts * STEP
+    return [
+        *[matrix_ref(rows, jnp.bfloat16)] * 2,
+        matrix_ref((count, STEP, width), jnp.bfloat16),
+        plgpu.SMEM((count, DECAYS, STEP), jnp.float32),
+        matrix_ref((lay.key, width), jnp.bfloat16),
+        matrix_ref((STEP, STEP), jnp.bfloat16),
+        plgpu.Barrier(num_arrivals=4, num_barriers=count),
+    ]
 
 
 def supports(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size: int, save: bool) -> None:
     """Raises UnsupportedError where `forward` does not serve an argument."""
-    check_support(q, k, v, chunk_size)
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    check_support(q, k, v, chunk_size, mosaic_gpu_channel.forward_scratch if by_channel else scratch)
 
 
 def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size: int, save: bool):
@@ -118,18 +154,10 @@ def forward(q, k, v, log_decay, state, reset, valid, *, scale: float, chunk_size
         return mosaic_gpu_channel.forward(*arrays, scale=scale, chunk_size=chunk_size, save=save)
     lay, batch = layout(q, v, chunk_size), q.shape[0]
     decays = lay.decays(log_decay, reset, valid)
-    arrays = [lay.tokens(q, valid), lay.tokens(k, valid), lay.columns(v, valid), decays]
+    arrays = [split(x) for x in (lay.tokens(q, valid), lay.tokens(k, valid), lay.columns(v, valid))] + [decays]
     if state is not None:
         arrays.append(xla.flat(state, lay.groups))
-    scratch = [
-        matrix_ref((SLOTS, STEP, lay.key), q.dtype),
-        matrix_ref((SLOTS, STEP, lay.key), k.dtype),
-        matrix_ref((SLOTS, STEP, STEP), v.dtype),
-        plgpu.SMEM((SLOTS, *decays.shape[3:]), jnp.float32),
-        matrix_ref((lay.key, STEP), q.dtype),
-        matrix_ref((STEP, STEP), jnp.bfloat16),
-        plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
-    ]
+    buffers = scratch(lay, slots(functools.partial(scratch, lay)))
     body = functools.partial(_forward_kernel, lay, scale, state is not None, save, decays.shape[0] == 1)
-    grid, out_type = {"unit": lay.units, "batch": batch}, lay.outputs(batch, v.dtype, save)
-    return lay.results(*kernel("forward", body, out_type, scratch, grid)(*arrays), valid=valid)
+    grid, out_type = {"unit": lay.units, "batch": batch}, lay.outputs(batch, save)
+    return lay.results(*kernel("forward", body, out_type, buffers, grid)(*arrays), valid=valid)

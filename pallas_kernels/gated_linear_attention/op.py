@@ -56,10 +56,11 @@ def gated_linear_attention(
     Without decay this is linear attention; with one number per head it is RetNet's retention, simple GLA and
     Mamba-2's state-space dual form (q = C, k = B, v = dt x, log_decay = dt A, scale = 1); with one number per
     channel of the key it is GLA. Value head h uses the query and the key of group h // (H // G), and a decay
-    per channel belongs to the key, hence to the group too. State and arithmetic are float32. Only exponentials
-    of log_decay and of its sums are taken, so they stay at most 1 as long as log_decay <= 0 (-inf included: it
-    clears what it decays); a positive log_decay is the caller's error and may overflow. Training keeps the
-    states at the chunk boundaries alone, B * ceil(T / chunk_size) * H * K * V floats.
+    per channel belongs to the key, hence to the group too. State and arithmetic are float32; the products of
+    "mosaic_gpu" keep 16 bits of mantissa of float32 arguments. Only exponentials of log_decay and of its sums are
+    taken, so they stay at most 1 as long as log_decay <= 0 (-inf included: it clears what it decays); a positive
+    log_decay is the caller's error and may overflow. Training keeps the states at the chunk boundaries alone,
+    B * ceil(T / chunk_size) * H * K * V floats.
 
     Args:
       q: [B, T, G, K] queries, float32, bfloat16 or float16 (as all floating arguments but `state`), any T >= 1.
@@ -105,7 +106,7 @@ def gated_linear_attention(
 
 def default_chunk(key: int, value: int, implementation: str | None = None) -> int:
     """Tokens of a chunk where a call does not say."""
-    if is_narrow(key, value) and implementation in (None, "xla"):  # kernels take whole registers of tokens
+    if is_narrow(key, value, implementation):
         return NARROW_CHUNK
     return DEFAULT_CHUNK_SIZE
 

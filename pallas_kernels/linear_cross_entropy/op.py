@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels import dispatch, partition
-from pallas_kernels.arguments import check_array
+from pallas_kernels.arguments import check_array, check_chunk_size
 from pallas_kernels.linear_cross_entropy import mosaic_tpu, mosaic_tpu_backward, reference, xla
 
 DEFAULT_CHUNK_SIZE = 2048
@@ -91,8 +91,7 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: logit_scale must be a finite number, got {logit_scale!r}")
     if soft_cap is not None and not (_is_finite_number(soft_cap) and soft_cap > 0):
         raise ValueError(f"linear_cross_entropy: soft_cap must be a finite number > 0 or None, got {soft_cap!r}")
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"linear_cross_entropy: chunk_size must be an int >= 1 or None, got {chunk_size!r}")
+    check_chunk_size("linear_cross_entropy", chunk_size)
     soft_cap = None if soft_cap is None else float(soft_cap)
     options = (bool(transposed), float(logit_scale), soft_cap)
     if implementation == "reference":

@@ -114,7 +114,7 @@ def mlstm(
 
 def default_chunk(key: int, value: int, implementation: str | None = None) -> int:
     """Up to 2 K V / (K + V) tokens the products within a chunk cost less than those with its state."""
-    if is_narrow(key, value) and implementation in (None, "xla"):  # kernels take whole registers of tokens
+    if is_narrow(key, value, implementation):
         return NARROW_CHUNK
     return MIN_CHUNK if 2 * key * value < MAX_CHUNK * (key + value) else MAX_CHUNK
 

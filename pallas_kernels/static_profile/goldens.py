@@ -22,9 +22,14 @@ def covered() -> list[str]:
     ]
 
 
-def measure(ops: Iterable[str], implementation: str = IMPLEMENTATION) -> list[dict[str, Any]]:
-    """Profiles the TPU kernels, or the xla form, of ops at the shapes they profile by default."""
-    return [report for op in ops for report in profile.profile_op(op, programs.entries(op), CHIP, [implementation])]
+def measure(
+    ops: Iterable[str], implementation: str = IMPLEMENTATION, shapes: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
+    """Profiles the TPU kernels, or the xla form, of ops at `shapes`; None = those that they profile by default."""
+    named = None if shapes is None else list(shapes)
+    return [
+        report for op in ops for report in profile.profile_op(op, named or programs.entries(op), CHIP, [implementation])
+    ]
 
 
 def table(reports: Iterable[Mapping[str, Any]], baseline: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def test_unknown_names_and_options_suggest_the_nearest():
         schedule("wsd", decay="exponential")
     config = {"learning_rate": 1.0, "schedule": {"name": "constant", "steps": 1}}
     with pytest.raises(KeyError, match="did you mean 'adamw'"):
-        optimizer.make({"name": "adam", **config}, {})
+        optimizer.make({"name": "admw", **config}, {})
     with pytest.raises(ValueError, match="did you mean 'weight_decay'"):
         optimizer.make({"name": "adamw", "wight_decay": 0.1, **config}, {})
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from objectives import LogProbs
+from tests.trees import fast_jit
 
 FIELDS = ("sum", "mean", "count", "per_token", "mask")
 
@@ -20,7 +21,7 @@ def to_torch(x, gradient=False):
     return tensor.double().requires_grad_(gradient) if tensor.is_floating_point() else tensor
 
 
-def check(objective, equation, arguments, rtol=5e-6, **options):
+def check(objective, equation, arguments, rtol=5e-6, compiled=False, **options):
     """loss_sum and its gradient in every float argument equal those of `equation`, which detaches what gets none.
 
     Args:
@@ -28,11 +29,13 @@ def check(objective, equation, arguments, rtol=5e-6, **options):
       equation: of the same arguments as tensors, to losses that are summed.
       arguments: LogProbs and arrays by name.
       rtol: relative to the largest entry.
+      compiled: whether to compile, quicker for a function of many operations; checks of values then see none.
       **options: of the objective; the equation gets them too.
     """
     floats = {k: v for k, v in arguments.items() if isinstance(v, LogProbs) or np.asarray(v).dtype.kind == "f"}
     fixed = {k: v for k, v in arguments.items() if k not in floats}
-    got, gradients = jax.value_and_grad(lambda x: objective(**x, **fixed, **options).loss_sum)(floats)
+    function = jax.value_and_grad(lambda x: objective(**x, **fixed, **options).loss_sum)
+    got, gradients = (fast_jit(function) if compiled else function)(floats)
     tensors = {k: to_torch(v, gradient=True) for k, v in floats.items()}
     want = equation(**tensors, **{k: to_torch(v) for k, v in fixed.items()}, **options).sum()
     want.backward()

@@ -96,6 +96,7 @@ def test_bfloat16_inputs_with_float32_state_and_no_races():
         assert_close(gradient, expected[name], rounded[name] + GRADIENT_TOLERANCE, name)
 
 
+@pytest.mark.slow
 def test_transformations():
     args = draw(2, 20)
     with interpret():

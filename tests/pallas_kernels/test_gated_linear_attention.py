@@ -446,7 +446,7 @@ def test_bad_arguments_are_named(change, words):
 
 
 def test_a_named_implementation_refuses_what_it_does_not_serve():
-    with pytest.raises(UnsupportedError, match="gated_linear_attention: mosaic_gpu does not serve q of dtype float32"):
+    with pytest.raises(UnsupportedError, match="gated_linear_attention: mosaic_gpu does not serve widths K=5, V=3"):
         gated_linear_attention(**draw("none", 1, 2), implementation="mosaic_gpu")
 
 

@@ -130,6 +130,7 @@ def test_widths_groups_scale_and_no_state(monkeypatch, decay, sizes, scale):
         check(args, scale=scale)
 
 
+@pytest.mark.slow
 def test_a_loop_over_heads_in_several_steps(monkeypatch):
     monkeypatch.setattr(mosaic_tpu_layout, "MAX_LANES", 128)
     monkeypatch.setattr(mosaic_tpu_backward, "UNROLL", 1)
@@ -201,6 +202,7 @@ def test_vmap_scan_checkpoint_and_two_calls_of_one_program(decay):
     assert_close(actual, gradients("reference"), GRADIENT_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", DECAYS)
 def test_either_forward_saves_the_same_states(decay):
     args = draw(decay, 2, 2 * CHUNK + 5)

@@ -85,6 +85,7 @@ def test_bfloat16_inputs_with_float32_state_and_no_races():
         check_bfloat16(call, CHUNK + 3, tolerances=(VALUE_TOLERANCE, GRADIENT_TOLERANCE))
 
 
+@pytest.mark.slow
 def test_transformations():
     args = draw(2, CHUNK + 4)
     with interpret():

@@ -117,6 +117,7 @@ def test_bfloat16_inputs_with_float32_state_and_no_races():
     check_gradients(gradients, loop_backward(rounded, cotangents), BFLOAT16_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_transformations():
     def flat(args, implementation):
         y, state = test_mlstm.run(args, implementation=implementation, chunk_size=CHUNK)

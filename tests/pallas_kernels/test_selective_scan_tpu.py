@@ -115,6 +115,7 @@ def test_extreme_steps_stay_finite_and_exact(dt_softplus):
     check(draw_extreme(2, 2 * CHUNK + 3, dt_softplus), dt_softplus=dt_softplus)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("looped")
 def test_channels_past_one_block_do_not_reach_the_sums_over_channels():
     memory_of_nan = functools.partial(interpret, pltpu.InterpretParams(uninitialized_memory="nan"))

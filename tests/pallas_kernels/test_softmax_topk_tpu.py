@@ -90,6 +90,7 @@ def test_small_sizes(rows, columns, k):
     assert_equals(run(logits, k), loop(logits, k))
 
 
+@pytest.mark.slow
 def test_several_blocks_of_rows_in_bfloat16():
     """The first 128 rows have keys in their first block; NaN and +inf stand in the second, -inf in the other rows."""
     logits, k = rows_with_keys(133, 2 * BLOCK_COLUMNS - 131), 9
@@ -123,6 +124,7 @@ def rows_with_keys(rows, columns):
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keys_alone")
 def test_special_rows_of_bfloat16_have_keys():
     """Near to 0, then with -inf in any column but the first ones of a block, then far from 0."""

@@ -309,16 +309,25 @@ def test_worse_than_golden():
     assert goldens.worse(golden, golden) == []
 
 
-@pytest.mark.parametrize("op", goldens.covered())
-def test_kernels_are_no_worse_than_golden(op):
+def _watched():
+    """Every profiled shape; but for the first one of an op, and both decays, they come with the slow tests."""
+    for op in goldens.covered():
+        for index, shape in enumerate(programs.entries(op)):
+            slow = index > 0 and op != "gated_linear_attention"
+            yield pytest.param(op, shape, id=f"{op}-{shape}", marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(("op", "shape"), list(_watched()))
+def test_kernels_are_no_worse_than_golden(op, shape):
     pytest.importorskip("libtpu")
     golden = json.loads(command.GOLDEN.read_text())
     assert {name.partition("/")[0] for name in golden["kernels"]} == set(goldens.covered())
     version = importlib.metadata.version("libtpu")
     if golden["libtpu"] != version:
         pytest.skip(f"the golden table is of libtpu {golden['libtpu']}, here is {version}: run --write-golden")
-    golden["kernels"] = {name: row for name, row in golden["kernels"].items() if name.startswith(f"{op}/")}
-    assert goldens.worse(golden, goldens.table(goldens.measure([op]))) == []
+    golden["kernels"] = {name: row for name, row in golden["kernels"].items() if name.startswith(f"{op}/{shape}/")}
+    assert golden["kernels"]
+    assert goldens.worse(golden, goldens.table(goldens.measure([op], shapes=[shape]))) == []
 
 
 def test_golden_table_names_kernels(v5e):

@@ -106,6 +106,7 @@ def test_bfloat16_inputs_with_float32_state_and_no_races(masked, context):
         assert_close(gradients[name], gradient, BFLOAT16_GRADIENT_TOLERANCE, name)
 
 
+@pytest.mark.slow
 def test_transformations():
     args = draw(1, 20, value=8)
     with interpret():

@@ -43,7 +43,7 @@ class QKNorm:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Causal softmax attention.
+    """Softmax attention.
 
     Attributes:
       heads: H query heads.
@@ -57,6 +57,7 @@ class Attention:
       clip_qkv: clamps q, k and v to +-clip_qkv (OLMo).
       qkv_bias, out_bias: biases.
       init_std, out_init_std: standard deviations of the projections.
+      causal: whether a token does not see those after it; otherwise a layer takes neither state nor window.
     """
 
     heads: int
@@ -72,8 +73,11 @@ class Attention:
     out_bias: bool = False
     init_std: float = 0.02
     out_init_std: float = 0.02
+    causal: bool = True
 
     def __post_init__(self):
+        if not self.causal and self.window is not None:
+            raise ValueError(f"Attention.window={self.window} needs causal=True: a window reaches back, not ahead")
         if self.heads < 1 or self.kv_heads < 1 or self.heads % self.kv_heads:
             divisors = [g for g in range(1, self.heads + 1) if self.heads % g == 0]
             raise ValueError(f"Attention.kv_heads={self.kv_heads} must divide heads={self.heads}: one of {divisors}")
@@ -181,6 +185,13 @@ def _attend(q, k, v, ctx, state, *, config, implementation):
         "implementation": implementation,
     }
     documents = ctx.documents
+    if not config.causal:
+        if state is not None:
+            raise ValueError("Attention with causal=False sees a whole document at once: it cannot go on from a state")
+        same = jnp.zeros(q.shape[:2], jnp.int32)  # what stands at one position sees each other
+        positions = {"q_positions": same, "kv_positions": same}
+        y = attention_op(q, k, v, q_documents=documents, kv_documents=documents, **positions, **options)
+        return y, append(_empty(config, k), k, v, ctx)
     if state is None:
         y = attention_op(q, k, v, q_documents=documents, kv_documents=documents, **options)
         return y, append(_empty(config, k), k, v, ctx)
@@ -227,7 +238,7 @@ def mix(
     config: Attention,
     implementation: str | None = None,
 ) -> tuple[jax.Array, AttentionState]:
-    """Causal attention within documents.
+    """Attention within documents, to what came before or, without `causal`, in both directions.
 
     Args:
       params: tree of `param_specs`.
@@ -272,7 +283,7 @@ def flops_per_token(config: Attention, width: int, length: int) -> float:
     """Projections, and scores and values over the mean number of visible keys at `length`."""
     matrices = 2 * width * config.head_width * (config.heads + config.kv_heads)
     window = length if config.window is None else min(config.window, length)
-    mean_keys = window - window * (window - 1) / (2 * length)
+    mean_keys = window - window * (window - 1) / (2 * length) if config.causal else length
     return 2.0 * matrices + 4.0 * config.heads * config.head_width * mean_keys
 
 

@@ -43,6 +43,7 @@ def dense(
     rope_style: str = "half",
     rope_scaling: Scaling | None = None,
     window: int | Sequence[int | None] | None = None,
+    causal: bool = True,
     clip_qkv: float | None = None,
     attention_scale: float | None = None,
     attention_soft_cap: float | None = None,
@@ -69,6 +70,7 @@ def dense(
       qkv_bias, out_bias, mlp_bias: biases.
       rope_theta, rope_fraction, rope_style, rope_scaling: see Rotary.
       window: None, one window for all layers, or a cycle of windows whose length divides `layers`.
+      causal: False = every token sees its whole document, as masked diffusion needs; such a model does not decode.
       embedding_scale, residual_scale, logit_scale, logit_soft_cap: see LanguageModelConfig.
       vocab_size, width, layers, heads, hidden, norm_eps, clip_qkv, attention_scale, attention_soft_cap, tied, init_std,
         max_length, dtype, param_dtype, residual_dtype, remat: see the mixers and LanguageModelConfig.
@@ -101,6 +103,7 @@ def dense(
             scale=attention_scale,
             soft_cap=attention_soft_cap,
             qk_norm=None if qk_norm is None else QKNorm(Norm(layer_norm.kind, norm_eps), qk_norm),
+            causal=causal,
             clip_qkv=clip_qkv,
             qkv_bias=qkv_bias,
             out_bias=out_bias,

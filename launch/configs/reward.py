@@ -1,0 +1,19 @@
+"""A reward model from pairs (Bradley-Terry), from the model of `sft.py`.
+
+    python launch/main.py --config=launch/configs/reward.py --workdir=runs/sums/reward
+
+The reward of a response is the logit of the mask token, which no text holds, after its last token.
+"""
+
+from typing import Any
+
+from launch.configs import responses
+
+
+def get_config() -> Any:
+    """Pairs of sums."""
+    config = responses.after(responses.get_config("pairs"), "sft")
+    config.objective = {"name": "bradley_terry"}
+    config.optimizer.learning_rate = 1e-3
+    config.steps = 200
+    return config

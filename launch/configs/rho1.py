@@ -1,0 +1,48 @@
+"""Rho-1 (arXiv:2404.07965): learn the tokens that a reference model, trained on text one wants more of, finds easy.
+
+    python launch/main.py --config=launch/configs/rho1.py:reference --workdir=runs/rho1/reference
+    python launch/main.py --config=launch/configs/rho1.py:selective --workdir=runs/rho1/selective
+    python launch/main.py --config=launch/configs/rho1.py:all_tokens --workdir=runs/rho1/all_tokens
+
+The text that is wanted is docstrings; the corpus is those and code. `selective` learns, in every batch, the 60 % of
+tokens whose loss exceeds the reference's most; `all_tokens` is its twin with a cross entropy. To compare them on
+docstrings alone: --config.mode=evaluate with --config.data.source.domains="('docstrings',)" and a workdir of its own
+that starts from the run (--config.initial.name=run --config.initial.workdir=DIR --config.steps=1).
+"""
+
+from typing import Any
+
+from launch.configs import base
+from zoo.core.registry import check_choice
+
+VARIANTS = ("reference", "selective", "all_tokens")
+
+
+def get_config(variant: str = "reference") -> Any:
+    """Width 64, two layers, bytes."""
+    check_choice("rho1", variant, VARIANTS)
+    config = base.get_config()
+    config.steps = 300
+    config.batch_size = 16
+    config.sequence_length = 128
+    config.model = {
+        "name": "llama-tiny",
+        "vocab_size": None,
+        "width": 64,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "hidden": 128,
+        "max_length": 256,
+    }
+    domains = ("docstrings",) if variant == "reference" else ("docstrings", "code")
+    config.data.source = {"name": "stdlib", "domains": domains}
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.schedule.warmup_steps = 20
+    config.checkpoint.every = 0
+    config.evaluate.every = 0
+    config.generate.max_tokens = 64
+    if variant == "selective":
+        config.teacher = {"name": "run", "workdir": "runs/rho1/reference"}
+        config.objective = {"name": "selective_cross_entropy"}
+    return config

@@ -1,0 +1,27 @@
+"""SPIN (arXiv:2401.01335): a model against its own past, two iterations from the model of `sft.py`.
+
+    python launch/main.py --config=launch/configs/spin.py:first --workdir=runs/sums/spin_first
+    python launch/main.py --config=launch/configs/spin.py:second --workdir=runs/sums/spin_second
+
+In every iteration the opponent is the model as the iteration starts: it draws the rejected response to each prompt, and
+is the reference. The chosen response is that of the data.
+"""
+
+from typing import Any
+
+from launch.configs import responses
+from zoo.core.registry import check_choice
+
+STARTS = {"first": "sft", "second": "spin_first"}
+
+
+def get_config(iteration: str = "first") -> Any:
+    """16 prompts a step."""
+    check_choice("spin", iteration, STARTS)
+    config = responses.after(responses.get_config("sft"), STARTS[iteration])
+    config.batch_size = 16
+    config.teacher = {"name": "initial"}
+    config.objective = {"name": "spin"}
+    config.rollout.update(name="teacher", max_tokens=4)
+    config.data.source.validation_examples = 64
+    return config
