@@ -14,10 +14,13 @@ from launch.configs import responses
 
 
 def get_config() -> Any:
-    """16 prompts a step, 8 samples each."""
+    """32 prompts a step, 16 samples each."""
     config = responses.after(responses.get_config("sft"), "sft")
-    config.batch_size = 16
+    config.steps = 300
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.b2 = 0.99
+    config.evaluate.every = 100
     config.objective = {"name": "grpo"}
-    config.rollout.update(name="policy", samples=8, max_tokens=4, reward="arithmetic")
-    config.data.source.validation_examples = 64
+    config.rollout.update(name="policy", samples=16, max_tokens=4, reward="arithmetic")
+    config.data.source.validation_examples = 128
     return config

@@ -15,5 +15,6 @@ def get_config() -> Any:
     config = responses.after(responses.get_config("pairs"), "sft")
     config.objective = {"name": "bradley_terry"}
     config.optimizer.learning_rate = 1e-3
-    config.steps = 200
+    config.steps = 600
+    config.evaluate.every = 100
     return config

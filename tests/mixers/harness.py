@@ -150,7 +150,7 @@ def visible_state(state):
     return dataclasses.replace(state, **fields)
 
 
-def check_splits(config, segments, splits, implementation=None, length=LENGTH):
+def check_splits(config, segments, splits, implementation=None, length=LENGTH, usual=FLOAT32_TOLERANCE):
     """A pass in pieces of each of `splits` (tuples of lengths) equals one pass; `segments` [B, T] or None."""
     params, x, run = params_of(config), inputs(11, length=length), forward(config, implementation)
     whole = contiguous(0, length) if segments is None else context(segments)
@@ -165,12 +165,12 @@ def check_splits(config, segments, splits, implementation=None, length=LENGTH):
             y, state = run(params, x[:, part], ctx, state)
             outputs.append(y)
             begin += size
-        close = tolerance(config, FLOAT32_TOLERANCE)
+        close = tolerance(config, usual)
         assert_close(np.concatenate(outputs, axis=1), expected, close, f"split {sizes}")
         assert_trees_close(visible_state(state), visible_state(expected_state), close, f"state of split {sizes}")
 
 
-def check_causality(config, segments, implementation=None, rounding=0.0):
+def check_causality(config, segments, implementation=None, rounding=0.0, over=jax.vmap):
     """d y[t] / d x[s] is exactly 0 unless t may see s, and not 0 where it may: window, documents and padding.
 
     Args:
@@ -178,6 +178,7 @@ def check_causality(config, segments, implementation=None, rounding=0.0):
       segments: [1, T], of the second call; the first has one document.
       implementation: of its ops.
       rounding: what may be left, relative to the largest, of later tokens of the document by sums that cancel.
+      over: how a function is taken over an axis of its argument.
     """
     length = segments.shape[1]
     params, x = params_of(config), inputs(20, batch=1, length=length)
@@ -188,7 +189,7 @@ def check_causality(config, segments, implementation=None, rounding=0.0):
         y, pull = jax.vjp(lambda x: mix(params, x, ctx, None, config=config, implementation=implementation)[0], x)
         cot = jnp.asarray(inputs(21, batch=1, length=length))[0]
         basis = jnp.eye(length)[:, None, :, None] * cot  # one output token after the other
-        return jnp.abs(jax.vmap(lambda c: pull(c.astype(y.dtype))[0])(basis)).max(axis=(1, 3))
+        return jnp.abs(over(lambda c: pull(c.astype(y.dtype))[0])(basis)).max(axis=(1, 3))
 
     def compare(ctx, same):
         found, expected = np.asarray(sensitivities(ctx)), visible(config, length) & same
