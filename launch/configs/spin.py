@@ -16,12 +16,12 @@ STARTS = {"first": "sft", "second": "spin_first"}
 
 
 def get_config(iteration: str = "first") -> Any:
-    """16 prompts a step."""
+    """32 prompts a step."""
     check_choice("spin", iteration, STARTS)
     config = responses.after(responses.get_config("sft"), STARTS[iteration])
-    config.batch_size = 16
+    config.optimizer.learning_rate = 1e-4
     config.teacher = {"name": "initial"}
-    config.objective = {"name": "spin"}
+    config.objective = {"name": "spin", "beta": 1.0}
     config.rollout.update(name="teacher", max_tokens=4)
     config.data.source.validation_examples = 64
     return config
