@@ -2,6 +2,8 @@
 
     python launch/main.py --config=launch/configs/sft.py --workdir=runs/sums/sft
 
+On 2 CPU cores, half a minute: 0.520 nats per token of held-out answers, 80 % of their tokens right.
+
 Your own data, one JSON object to a line ({"messages": ...} or {"prompt": ..., "response": ...}):
 --config.data.source.name=sft with .paths and .template; see pipelines/preference.py.
 """

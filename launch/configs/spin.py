@@ -4,7 +4,9 @@
     python launch/main.py --config=launch/configs/spin.py:second --workdir=runs/sums/spin_second
 
 In every iteration the opponent is the model as the iteration starts: it draws the rejected response to each prompt, and
-is the reference. The chosen response is that of the data.
+is the reference. The chosen response is that of the data. On 2 CPU cores, half a minute each: the loss on held-out
+prompts falls from 0.693, where model and opponent are equal, to 0.661, and in the second iteration to 0.662. With
+beta 0.1 and a learning rate of 3e-4 it rose instead, as the chosen responses lost probability, too.
 """
 
 from typing import Any
