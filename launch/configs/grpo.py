@@ -2,8 +2,10 @@
 
     python launch/main.py --config=launch/configs/grpo.py --workdir=runs/sums/grpo
 
-`reward` is the share of right answers among the samples of a step. On 2 CPU cores, under two minutes: it rises from 0.27
-(mean of the first 20 steps) to 0.37 (of the last 20), on held-out prompts to 0.33 (0.28 after 100 steps). Variants by options alone: Dr. GRPO is
+`reward` is the share of right answers among the samples of a step. On 2 CPU cores, under two minutes: it rises from
+0.27 (mean of the first 20 steps) to 0.37 (of the last 20), on held-out prompts to 0.33 (0.28 after 100 steps).
+
+Variants by options alone: Dr. GRPO is
 --config.objective.aggregation=length --config.objective.max_length=16 with
 --config.rollout.advantages=group_unscaled; DAPO's upper clip --config.objective.clip_high=0.28; GSPO
 --config.objective.level=sequence; RLOO's advantages --config.rollout.advantages=leave_one_out.
