@@ -3,7 +3,8 @@
     python launch/main.py --config=launch/configs/reward.py --workdir=runs/sums/reward
 
 The reward of a response is the logit of the mask token, which no text holds, after its last token. On 2
-CPU cores, half a minute: the right answer has the higher reward in 0.70 of held-out pairs with a near miss (0.63 after 100 steps).
+CPU cores, half a minute: the right answer has the higher reward in 0.70 of held-out pairs with a near miss (0.63 after
+100 steps).
 """
 
 from typing import Any
