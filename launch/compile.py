@@ -19,6 +19,7 @@ import rich.console
 import rich.table
 
 from launch import config as config_lib
+from launch import losses as losses_lib
 from launch import mesh as mesh_lib
 from launch import run as run_lib
 from launch.config import ConfigError
@@ -39,6 +40,8 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """
     config_lib.check(config)
     plain = run_lib.resolve(config, 1)
+    if (kind := losses_lib.category(plain)) in ("preference", "reward", "rl"):
+        raise ConfigError(f"mode=compile knows rows of text: it does not serve objectives of responses ({kind}) yet")
     if config.model.get("vocab_size") is None:
         raise ConfigError("mode=compile reads no data: give config.model.vocab_size")
     devices = topology_devices(config.topology) if config.topology else jax.devices()

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from launch import compile as compile_lib
 from launch import train
 from launch.config import ConfigError
 from launch.configs import grpo, kto, masked_diffusion, preference, responses, reward, rho1, sft, spin
@@ -122,6 +123,8 @@ def test_what_the_data_do_not_give_is_refused(tuned, tmp_path):
     config.data.source.pack = True
     with pytest.raises(ConfigError, match="not packed"):
         train.run(config, tmp_path / "packed")
+    with pytest.raises(ConfigError, match="does not serve objectives of responses"):
+        compile_lib.run(tiny(preference.get_config(), 1, tuned), tmp_path / "compiled")
     config = tiny(responses.get_config("sft"), 1)
     config.teacher.precompute = True
     with pytest.raises(ConfigError, match="precompute"):
