@@ -4,7 +4,8 @@
     python launch/main.py --config=launch/configs/distillation.py:student --workdir=runs/distillation/student
     python launch/main.py --config=launch/configs/distillation.py:alone --workdir=runs/distillation/alone
 
-`alone` is the student's twin, trained on the text.
+`alone` is the student's twin, trained on the text. On 2 busy CPU cores, one to five minutes each; bits per byte of
+held-out text: teacher 2.246, student 2.759, alone 2.861.
 """
 
 from typing import Any
