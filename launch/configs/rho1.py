@@ -5,9 +5,14 @@
     python launch/main.py --config=launch/configs/rho1.py:all_tokens --workdir=runs/rho1/all_tokens
 
 The text that is wanted is docstrings; the corpus is those and code. `selective` learns, in every batch, the 60 % of
-tokens whose loss exceeds the reference's most; `all_tokens` is its twin with a cross entropy. To compare them on
-docstrings alone: --config.mode=evaluate with --config.data.source.domains="('docstrings',)" and a workdir of its own
-that starts from the run (--config.initial.name=run --config.initial.workdir=DIR --config.steps=1).
+tokens whose loss exceeds the reference's most; `all_tokens` is its twin with a cross entropy. On 2 CPU cores, under a
+minute each. Bits per byte of held-out docstrings: selective 3.304, all_tokens 3.434, reference 3.372; of docstrings and
+code together: selective 3.287, all_tokens 2.923, as the code is what the selection leaves out. To read a run on
+docstrings alone, take a step of no size from it:
+
+    python launch/main.py --config=launch/configs/rho1.py:reference --config.initial.name=run \
+        --config.initial.workdir=runs/rho1/selective --config.steps=1 --config.optimizer.learning_rate=1e-9 \
+        --workdir=runs/rho1/judge
 """
 
 from typing import Any
