@@ -19,13 +19,9 @@ from zoo.core.params import Tree
 from zoo.core.registry import check_keys
 from zoo.models import Model
 
-REFERENCE = (
-    "ref",
-    "ref_chosen",
-    "ref_rejected",
-    "ref_kl",
-    "ref_nll",
-)  # statistics of the teacher, which is the reference model
+# Statistics of the teacher, which is the reference model.
+REFERENCE = ("ref", "ref_chosen", "ref_rejected", "ref_kl", "ref_nll")
+OF_TEXT = ("logits", "targets", "loss_mask")  # what objectives on packed text take
 
 
 class Losses(NamedTuple):
@@ -105,9 +101,15 @@ def make(plain: dict[str, Any], model: Model, initial, restore) -> Losses:
     if kind == "reward":
         loss = reward_loss(name, objective, model, implementation)
         return Losses(loss, loss, source)
-    if kind == "diffusion":
+    if name == "masked_diffusion":
         loss = diffusion_loss(model, plain["objective"], implementation)
         return Losses(loss, loss, source)
+    needed = [each for each in OBJECTIVES.get(name).inputs if not each.startswith("[")]
+    if needed not in ([*OF_TEXT], [*OF_TEXT, "ref_nll"]):
+        raise ConfigError(
+            f"config.objective={name!r} takes {', '.join(needed)}, which no run gives it yet; "
+            "call it from a step of your own"
+        )
     loss = language_model_loss(model, objective, implementation)
     if source is not None:
         return Losses(selective_loss(model, source[0], objective, implementation), judge, source)
