@@ -58,7 +58,7 @@ def get_config(variant: str = "attention") -> Any:
         "init_std": 0.1,
         "max_length": 32,
     }
-    config.steps = 300
+    config.steps = 1000
     config.batch_size = 32
     config.sequence_length = 32
     config.data.source = {
