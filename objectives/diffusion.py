@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from objectives.output import LossOutput
-from objectives.preference.pairs import check_positive, check_range, check_shape
+from objectives.preference.pairs import check_positive, check_range, check_shape, check_values_in
 from objectives.registry import register
-from objectives.statistics import token_logps
+from objectives.statistics import check_targets, token_logps
 from zoo.core.registry import check_choice
 
 SCHEDULES = ("linear", "polynomial", "cosine")
 LEAST_TIME = 1e-3
+ABOVE_ZERO = 1e-30  # the least number that counts as one
 
 
 def _check_schedule(schedule: str, power: float) -> None:
@@ -137,7 +138,8 @@ def masked_diffusion(
       masked tokens, without w) and masked (their number).
 
     Raises:
-      ValueError: shapes disagree or an option is out of range.
+      ValueError: shapes disagree or an option is out of range; outside of traced functions also a time, or the target
+        of a masked token.
     """
     check_shape(logits.shape[:-1], targets=targets, masked=masked)
     check_shape(logits.shape[:1], times=times)
@@ -149,6 +151,8 @@ def masked_diffusion(
     if valid is not None:
         check_shape(targets.shape, valid=valid)
         counted &= valid != 0
+    check_targets(targets, counted, logits.shape[-1])
+    check_values_in(ABOVE_ZERO, 1.0, times=times)
     nll = -token_logps(logits, targets, counted)
     number = targets.size if valid is None else jnp.sum(valid != 0)
     metrics = {"nll": jnp.sum(nll), "masked": jnp.sum(counted, dtype=jnp.float32)}

@@ -113,6 +113,8 @@ def cream(
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     pairs.check_positive(beta=beta)
     pairs.check_shape(h_w.shape, consistency=consistency)
+    valid = pairs.counted(policy_chosen, policy_rejected)
+    pairs.check_values_in(0.0, 1.0, where=valid, consistency=consistency)
     consistency = jax.lax.stop_gradient(jnp.asarray(consistency, jnp.float32))
     loss = smoothed_preference(beta * (h_w - h_l), consistency)
     return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, consistency=consistency)

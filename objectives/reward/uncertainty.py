@@ -65,6 +65,7 @@ def uncertainty_tuning(
         raise ValueError(f"option_logits must be [B, 2], (no, yes), got {jnp.shape(option_logits)}")
     size = jnp.shape(option_logits)[0]
     pairs.check_shape((size,), correct=correct)
+    pairs.check_values_among((0, 1), correct=correct)
     pairs.check_range(0.0, float("inf"), divergence_weight=divergence_weight)
     option_logits = jnp.float32(option_logits)
     x, y = option_logits[:, 1] - option_logits[:, 0], jnp.float32(correct)
@@ -238,6 +239,7 @@ def compression_distance(
         raise ValueError(f"logits must be [B, A], got {jnp.shape(logits)}")
     pairs.check_shape(jnp.shape(logits), base_logits=base_logits)
     pairs.check_shape(jnp.shape(logits)[:1], answers=answers)
+    pairs.check_values_in(0, logits.shape[1] - 1, where=mask, answers=answers)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(jnp.float32(base_logits), axis=-1))
     log_q = jax.nn.log_softmax(jnp.float32(logits), axis=-1)
     kl = jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
