@@ -74,7 +74,7 @@ def bradley_terry(
         pairs.check_shape((size,), margin=margin)
         x = x - margin
     pairs.check_shape((size,), label=label)
-    pairs.check_values_in(0.0, 1.0, where=mask, label=label)
+    pairs.check_values_in(0.0, 1.0, where=valid_rows(mask, size), label=label)
     loss = smoothed_preference(x, jax.lax.stop_gradient(jnp.float32(label))) + centring * jnp.square(r_w + r_l)
     metrics = {
         "accuracy": (r_w > r_l).astype(jnp.float32),
@@ -144,7 +144,7 @@ def bradley_terry_ties(
     size = check_scores(score_first=score_first, score_second=score_second)
     pairs.check_positive(tie_width=tie_width)
     pairs.check_shape((size,), outcome=outcome)
-    pairs.check_values_among((-1, 0, 1), where=mask, outcome=outcome)
+    pairs.check_values_among((-1, 0, 1), where=valid_rows(mask, size), outcome=outcome)
     x, index = jnp.float32(score_first) - score_second, 1 - jnp.asarray(outcome, jnp.int32)
     log_p = outcome_log_probabilities(x, tie_width)
     loss = -jnp.take_along_axis(log_p, index[:, None], axis=-1)[:, 0]
@@ -205,7 +205,7 @@ def binary_principle(
     """
     size = check_scores(logp_yes=logp_yes, logp_no=logp_no)
     pairs.check_shape((size,), label=label)
-    pairs.check_values_in(0.0, 1.0, where=mask, label=label)
+    pairs.check_values_in(0.0, 1.0, where=valid_rows(mask, size), label=label)
     yes, no, y = jnp.float32(logp_yes), jnp.float32(logp_no), jnp.float32(label)
     accuracy = ((yes > no) == (y > 0.5)).astype(jnp.float32)
     metrics = {"reward": yes - no, "accuracy": accuracy}

@@ -239,7 +239,7 @@ def compression_distance(
         raise ValueError(f"logits must be [B, A], got {jnp.shape(logits)}")
     pairs.check_shape(jnp.shape(logits), base_logits=base_logits)
     pairs.check_shape(jnp.shape(logits)[:1], answers=answers)
-    pairs.check_values_in(0, logits.shape[1] - 1, where=mask, answers=answers)
+    pairs.check_values_in(0, logits.shape[1] - 1, where=valid_rows(mask, logits.shape[0]), answers=answers)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(jnp.float32(base_logits), axis=-1))
     log_q = jax.nn.log_softmax(jnp.float32(logits), axis=-1)
     kl = jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
