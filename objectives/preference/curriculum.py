@@ -7,7 +7,8 @@ def curriculum_pairs(scores: np.ndarray) -> np.ndarray:
     """Pairs of the best response with each other one, from the largest gap in score to the least (arXiv:2403.07230).
 
     Curry-DPO trains on column 0 of all prompts first, then on column 1, and so on; each stage starts from the model of
-    the one before, which is also its reference.
+    the one before, which is also its reference. `pipelines.preference` reads ranked data by these columns (its option
+    `stage`).
 
     Args:
       scores: [..., K], ratings or log-probabilities of K >= 2 responses; among equals the first is the better.
@@ -32,8 +33,9 @@ def reward_augmented_pairs(
     """Pairs for a model that is told which score to reach (arXiv:2410.08067).
 
     Every pair becomes two: asked for the score of the chosen response, that one is right; asked for the score of the
-    rejected response, it is the rejected one. Scores that are equal leave no pair. The score belongs into the prompt;
-    at test time ask for the highest. Any objective of pairs serves.
+    rejected response, it is the rejected one. As in the authors' code, which writes the score into a system turn; pairs
+    of equal scores, which it keeps both ways round, are left out here. At test time ask for the highest. Any objective
+    of pairs serves. `pipelines.preference` does the same to ranked data (its option `goal`).
 
     Args:
       score_chosen: [B].

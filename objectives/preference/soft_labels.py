@@ -32,6 +32,8 @@ def mmpo(
 
       loss = ce(beta d, p),   p = sigma(gamma (score_w - score_l)),   gamma = score_scale
 
+    As in the authors' code, where gamma is tuned and has no default; 1 is ours.
+
     Args:
       score_chosen: [B], quality on any scale.
       score_rejected: [B], likewise.

@@ -159,7 +159,8 @@ def multi_attribute(predictions: jax.Array, ratings: jax.Array, observed: jax.Ar
 
       loss = sum_ba o_ba (prediction_ba - rating_ba)^2
 
-    A scalar reward is a fixed weighted sum of the predictions.
+    A scalar reward is a fixed weighted sum of the predictions. The loss is that of the regression reward models of
+    NeMo-Aligner, the library of HelpSteer's authors.
 
     Args:
       predictions: float[B, A].
@@ -189,7 +190,7 @@ def binary_principle(
 
       loss = -(y logp_yes + (1 - y) logp_no),   reward = logp_yes - logp_no
 
-    The principle is part of the prompt.
+    The principle is part of the prompt. Both formulas are as recalled, not confirmed against the paper's text or code.
 
     Args:
       logp_yes: float[B], log-probability over the whole vocabulary of the token that says yes.

@@ -178,7 +178,8 @@ def paired_prediction(first: LogProbs, second: LogProbs) -> LossOutput:
 
       loss = -log p(y_1 | x) - log p(y_2 | x, y_1)
 
-    A model that knows the answers' distribution has nothing to learn from y_1; see `epistemic_covariance`.
+    The cross entropy of pairs of the paper's section 3, in factors. A model that knows the answers' distribution has
+    nothing to learn from y_1; see `epistemic_covariance`.
 
     Args:
       first: of y_1 after the question.
@@ -200,7 +201,8 @@ def epistemic_covariance(first: jax.Array, second: jax.Array) -> jax.Array:
     """Covariance of what the model does not know: p(a | x) [p(b | x, a) - p(b | x)] (arXiv:2402.08733).
 
     For a calibrated pair predictor this is the covariance of p(a | x) and p(b | x) over the questions that it cannot
-    tell apart. The diagonal is the variance of p(a | x); a model may give negative ones.
+    tell apart: the pair covariance of the paper's section 3, with p(b | x) for both answers. The diagonal is the
+    variance of p(a | x) of its section 4; a model may give negative ones.
 
     Args:
       first: [..., A], p(a | x).
