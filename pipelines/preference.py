@@ -16,8 +16,10 @@ import dataclasses
 import itertools
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from pipelines.chat import LOSSES, TEMPLATES, TRUNCATIONS, Turns, as_turns, check_conversation
 from pipelines.errors import DataError
@@ -27,6 +29,13 @@ from zoo.core.registry import Registry, check_choice
 KINDS = ("sft", "pairs", "unpaired", "ranked")
 UNPACKINGS = ("best_vs_worst", "best_vs_rest", "all", "lists")
 WEIGHTINGS = ("token", "example")
+# Comparisons across prompts: ((member, side), (member, side)), member 0 the example and 1 and 2 its partners, side 0
+# the chosen response and 1 the rejected one. Eight in which the first is better, and six ties.
+_OTHERS = tuple(itertools.product((1, 2), (0, 1)))
+CROSS_PROMPTS = (
+    *itertools.product(((0, 0), (0, 1)), _OTHERS),
+    *itertools.combinations(_OTHERS, 2),
+)
 SCORE = "{score}"  # where the score goes in the text of a goal
 METRICS = {  # what runs report, by the kind of batches
     "sft": ("loss", "accuracy"),
@@ -37,6 +46,7 @@ METRICS = {  # what runs report, by the kind of batches
 _KIND_OF = {  # options that make sense for one kind only
     **dict.fromkeys(("loss", "pack", "weighting", "attributes"), "sft"),
     "mismatched": "unpaired",
+    "cross_prompts": "pairs",
     **dict.fromkeys(("unpack", "gap", "ties", "stage", "goal"), "ranked"),
 }
 
@@ -96,6 +106,8 @@ class ResponseSource(BaseSource):
             becomes two, asked for the score of either response, which is then the chosen one (arXiv:2410.08067, as in
             the authors' code but for pairs of equal scores, which it keeps). The examples have no scores any more.
             "" = no goals.
+        cross_prompts: of pairs, comparisons across prompts for each training pair, up to fourteen (RRM,
+            arXiv:2409.13156; see `cross_prompt_pairs`), after the pairs themselves; for reward models. 0 = none.
         attributes: of sft, names of numbers in the record's "attributes", which a system turn lists as
             "name:number,name:number" (attribute-conditioned tuning of SteerLM, arXiv:2310.05344). To generate, ask for
             the numbers that are wanted.
@@ -112,6 +124,7 @@ class ResponseSource(BaseSource):
     ties: bool = False
     stage: int = 0
     goal: str = ""
+    cross_prompts: int = 0
     attributes: Sequence[str] = ()
     kind: ClassVar[str]
     items: ClassVar[str] = "examples"
@@ -142,6 +155,9 @@ class ResponseSource(BaseSource):
             raise ValueError(f"stage={self.stage!r} must be 0, for all pairs, or the number of a stage")
         if self.stage and self.unpack != "best_vs_rest":
             raise ValueError(f"stage={self.stage} goes with unpack='best_vs_rest', not with {self.unpack!r}")
+        crossed = self.cross_prompts
+        if isinstance(crossed, bool) or not isinstance(crossed, int) or not 0 <= crossed <= len(CROSS_PROMPTS):
+            raise ValueError(f"cross_prompts={crossed!r} must be a number from 0 to {len(CROSS_PROMPTS)}")
         if self.goal and (not isinstance(self.goal, str) or SCORE not in self.goal):
             raise ValueError(f"goal={self.goal!r} must be a text that says where the score goes, by {SCORE!r}")
         if self.goal and self.ties:
@@ -170,7 +186,19 @@ class ResponseSource(BaseSource):
         Raises:
             DataError: a bad record (with on_error="raise"), or nothing to read at all.
         """
-        return self.usable(itertools.chain.from_iterable(map(self._examples, self.records())))
+        found = itertools.chain.from_iterable(map(self._examples, self.records()))
+        return self.usable(self._crossed(found) if self.cross_prompts else found)
+
+    def _crossed(self, found: Iterable[ResponseExample | DataError]) -> Iterator[ResponseExample | DataError]:
+        """What is found, and then the comparisons across the prompts of what is for training."""
+        train: list[ResponseExample] = []
+        for item in found:
+            if isinstance(item, ResponseExample) and item.split == "train":
+                train.append(item)
+            yield item
+        if len(train) < 3:
+            raise DataError("too few pairs", str(self), f"cross_prompts takes three for training, found {len(train)}")
+        yield from cross_prompt_pairs(train, self.cross_prompts)
 
     def _examples(self, item) -> Sequence[ResponseExample | DataError]:
         if isinstance(item, DataError):
@@ -215,6 +243,34 @@ class ResponseSource(BaseSource):
             else:
                 found.append(ranked._replace(responses=responses, scores=(better, worse), tie=tie))
         return found
+
+
+def cross_prompt_pairs(examples: Sequence[ResponseExample], number: int, seed: int = 0) -> Iterator[ResponseExample]:
+    """Pairs with responses to other prompts, so that what is good about a response has to do with its prompt (RRM).
+
+    Each example has two partners. Its own responses, chosen and rejected, are better answers to its prompt than those
+    of either partner: eight pairs. The partners' are as good as each other: six, whose order is drawn, so that the
+    expected loss is that of a label of 1/2. Which there are is `objectives.cross_prompt_comparisons`.
+
+    Args:
+      examples: pairs, three at least.
+      number: drawn for each example, of the fourteen. Pairs of equal responses are left out, and those with a partner
+        of the same prompt.
+      seed: of the partners and of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(examples))
+    for position, index in enumerate(order):
+        group = [examples[order[(position + step) % len(order)]] for step in range(3)]
+        own = examples[index]
+        for case in sorted(rng.choice(len(CROSS_PROMPTS), number, replace=False)):
+            sides, tie = CROSS_PROMPTS[case], case >= 8
+            if tie and rng.random() < 0.5:
+                sides = sides[::-1]
+            responses = tuple(group[member].responses[side] for member, side in sides)
+            others = [group[member] for member, _ in sides if member]
+            if responses[0] != responses[1] and all(other.prompt != own.prompt for other in others):
+                yield own._replace(responses=responses)
 
 
 def _told(example: ResponseExample, text: str) -> ResponseExample:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-import objectives
 from pipelines import DataError, make_response_source, prepare_responses, train_bpe
 from tests.pipelines.test_chat import BYTES as TOKENIZER
 from tests.pipelines.test_chat import chat, conversations, spelled
@@ -16,16 +15,6 @@ from tests.pipelines.test_packing import assert_equal_batches
 
 BYTES = {"name": "bytes"}
 ROWS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
-
-
-@pytest.fixture
-def jsonl(tmp_path):
-    def write(*records):
-        path = tmp_path / "a.jsonl"
-        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-        return str(path)
-
-    return write
 
 
 def read(name, path, **options):
@@ -127,72 +116,7 @@ def test_unpacking(jsonl, options, expected, skipped):
         assert (better, worse) in itertools.product(SCORED["scores"], repeat=2)
 
 
-def test_stages_are_the_curriculum(jsonl):
-    """Stage k of all records is column k - 1 of `objectives.curriculum_pairs`; records of fewer responses drop out."""
-    rng = np.random.default_rng(3)
-    scores = [rng.choice(40, n, replace=False).tolist() for n in (4, 2, 5, 4, 3)]
-    records = [{"prompt": f"p{i}", "responses": [f"{i}.{j}" for j in range(len(s))], "scores": s}
-               for i, s in enumerate(scores)]  # fmt: skip
-    path, gaps = jsonl(*records), []
-    for stage in (1, 2, 3, 4):
-        source, examples = read("ranked", path, unpack="best_vs_rest", stage=stage)
-        expected = []
-        for record in records:
-            pairs = objectives.curriculum_pairs(np.array(record["scores"]))
-            expected += [[record["responses"][i] for i in pair] for pair in pairs[stage - 1 : stage]]
-        assert [[said(r)[0] for r in e.responses] for e in examples] == expected
-        assert source.skipped == ({"fewer pairs than stages": 5 - len(expected)} if len(expected) < 5 else {})
-        gaps.append({e.prompt[0]["content"]: e.scores[0] - e.scores[1] for e in examples})
-    for easy, hard in itertools.pairwise(gaps):
-        assert all(easy[prompt] > gap for prompt, gap in hard.items())
-
-
 GOAL = "Aim at {score}."
-
-
-def test_goals_relabel_pairs(jsonl):
-    """The pairs are those of `objectives.reward_augmented_pairs`; the goal stands before a system turn's own text."""
-    records = [
-        {"prompt": "p", "responses": ["a", "b"], "scores": [9, 2.5]},
-        {"prompt": chat("q", system="s"), "responses": ["a", "b"], "scores": [3, 4]},
-        {"prompt": "r", "responses": ["a", "b"], "scores": [5, 5]},
-    ]
-    source, examples = read("ranked", jsonl(*records), goal=GOAL)
-    found = [(said(e.prompt), [said(r)[0] for r in e.responses]) for e in examples]
-    assert found == [
-        (["Aim at 9.", "p"], ["a", "b"]),
-        (["Aim at 2.5.", "p"], ["b", "a"]),
-        (["Aim at 4.\n\ns", "q"], ["b", "a"]),
-        (["Aim at 3.\n\ns", "q"], ["a", "b"]),
-    ]
-    assert [turn["role"] for turn in examples[0].prompt] == ["system", "user"]
-    assert all(e.scores is None for e in examples)
-    assert source.skipped == {"no preference": 1}
-    best, worst = (np.array(x, float) for x in zip(*(sorted(r["scores"], reverse=True) for r in records), strict=True))
-    index, goal, swapped = objectives.reward_augmented_pairs(best, worst)
-    assert [float(said(e.prompt)[0].split()[2].rstrip(".")) for e in examples] == goal.tolist()
-    assert len(examples) == len(index) == len(swapped)
-    with pytest.raises(DataError, match="a goal needs 'scores', the line has 'ranks'"):
-        read("ranked", jsonl({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}), goal=GOAL)
-
-
-def test_attributes_are_told(jsonl):
-    ratings = {"helpfulness": 4, "verbosity": 1.5, "other": 0}
-    records = [{**SFT, "attributes": ratings}, {"messages": chat("u", "v", system="s"), "attributes": ratings}]
-    _, examples = read("sft", jsonl(*records), attributes=["verbosity", "helpfulness"])
-    assert [said(e.prompt) for e in examples] == [
-        ["verbosity:1.5,helpfulness:4", "p"],
-        ["verbosity:1.5,helpfulness:4\n\ns", "u"],
-    ]
-    for bad, words in [
-        ({}, "no 'attributes'"),
-        ({"attributes": 3}, "must map names to numbers, found int"),
-        ({"attributes": {"helpfulness": 1}}, "'attributes': missing field: no 'verbosity'"),
-        ({"attributes": {"verbosity": "high"}}, "'verbosity' must be a finite number, found 'high'"),
-    ]:
-        with pytest.raises(DataError, match=words):
-            read("sft", jsonl({**SFT, **bad}), attributes="verbosity")
-
 
 BAD = [
     ("sft", {"prompt": "p"}, "missing field", "no 'response'; the line has ..prompt"),
@@ -262,6 +186,8 @@ def test_a_bad_record_is_an_error_with_its_place_or_a_counted_skip(jsonl, name, 
         ({"name": "ranked", "paths": "a", "gap": -1.0}, "gap=-1.0 must be a finite number of at least 0"),
         ({"name": "ranked", "paths": "a", "gap": float("nan")}, "gap=nan"),
         ({"name": "ranked", "paths": "a", "unpack": "lists", "gap": 0.5}, "gap, ties and goal are options of pairs"),
+        ({"name": "pairs", "paths": "a", "cross_prompts": 15}, "cross_prompts=15 must be a number from 0 to 14"),
+        ({"name": "sft", "paths": "a", "cross_prompts": 1}, "cross_prompts is an option of kind 'pairs', not of 'sft'"),
         ({"name": "ranked", "paths": "a", "stage": -1}, "stage=-1 must be 0, for all pairs, or the number of a stage"),
         ({"name": "ranked", "paths": "a", "stage": 2}, "stage=2 goes with unpack='best_vs_rest', not with 'best_vs_wo"),
         ({"name": "pairs", "paths": "a", "goal": GOAL}, "goal is an option of kind 'ranked', not of 'pairs'"),
