@@ -118,6 +118,7 @@ from objectives.reward import (
 from objectives.rl import clipped_value, grpo, ppo
 from objectives.selective import selective_cross_entropy
 from objectives.statistics import LogProbs, linear_sequence_logps, log_collision, sequence_logps, token_logps
+from objectives.top_k_distillation import top_k_distillation
 from objectives.unlearning import (
     gradient_ascent,
     npo,
@@ -255,6 +256,7 @@ __all__ = [
     "tgdpo",
     "todo",
     "token_logps",
+    "top_k_distillation",
     "tpo",
     "tpo_l",
     "uncertain_comparisons",
