@@ -28,7 +28,7 @@ def top_k_distillation(
 ) -> LossOutput:
     """Divergence of a student from the K likeliest tokens of its teacher (arXiv:1503.02531, cut to K classes).
 
-    With p the teacher's probabilities of its tokens z_1 .. z_K, q the student's, and p_0, q_0 those of all other tokens:
+    With p the teacher's probabilities of its tokens z_1 .. z_K, q the student's, and p_0, q_0 those of all others:
 
       bucket       loss = sum_bt mask_bt sum_{k = 0 .. K} p_k (log p_k - log q_k), all others as one class
       renormalise  loss = sum_bt mask_bt sum_{k = 1 .. K} p_k / (1 - p_0) (log (p_k / (1 - p_0)) - log q_k)

@@ -135,7 +135,7 @@ def calibration_bins(
       bins: N, at least 1.
 
     Raises:
-      ValueError: shapes disagree or bins is below 1.
+      ValueError: shapes disagree, bins is below 1 or, outside of traced functions, a number is out of range.
     """
     if jnp.ndim(confidence) != 1:
         raise ValueError(f"confidence must be [B], got {jnp.shape(confidence)}")
@@ -143,6 +143,8 @@ def calibration_bins(
     if bins < 1:
         raise ValueError(f"bins must be 1 at least, got {bins}")
     valid = valid_rows(mask, jnp.shape(confidence)[0])
+    pairs.check_values_in(0.0, 1.0, where=valid, confidence=confidence)
+    pairs.check_values_among((0, 1), where=valid, correct=correct)
     confidence, correct = jnp.float32(confidence), jnp.float32(correct)
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     member = (index[:, None] == jnp.arange(bins)) & valid[:, None]
