@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import objectives
+from tests.trees import fast_jit
 
 BATCH, TOKENS, CLASSES, KEPT = 3, 4, 9, 3
 
@@ -43,7 +44,7 @@ def test_is_its_definition(rest):
     loss = objectives.create("top_k_distillation", rest=rest)
     poisoned = np.where(mask[..., None] == 0, np.nan, logits)
     wild = np.where(mask[..., None] == 0, -5, tokens), np.where(mask[..., None] == 0, np.nan, logps)
-    value, gradient = jax.value_and_grad(lambda z: loss(z, *map(jnp.asarray, wild), mask).loss_sum)(
+    value, gradient = fast_jit(jax.value_and_grad(lambda z: loss(z, *map(jnp.asarray, wild), mask).loss_sum))(
         jnp.asarray(poisoned)
     )
     np.testing.assert_allclose(value, want.item(), rtol=1e-5)
@@ -64,7 +65,7 @@ def test_all_tokens_are_the_whole_divergence(rest):
     def kept(z):
         return objectives.top_k_distillation(z, tokens, logps, mask, rest=rest).loss_sum
 
-    (want, slopes), (got, ours) = (jax.value_and_grad(f)(jnp.asarray(logits)) for f in (whole, kept))
+    (want, slopes), (got, ours) = (fast_jit(jax.value_and_grad(f))(jnp.asarray(logits)) for f in (whole, kept))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_allclose(ours, slopes, rtol=1e-4, atol=1e-6)
 
@@ -72,12 +73,13 @@ def test_all_tokens_are_the_whole_divergence(rest):
 def test_fewer_classes_have_less_divergence():
     """Merging classes lowers a divergence: the bucket's loss rises with K to that of the whole vocabulary."""
     losses = []
-    for k in range(1, CLASSES):
+    for k in (1, 4, CLASSES - 1):
         logits, _, tokens, logps, mask = draw(2, k)
-        losses.append(float(objectives.top_k_distillation(logits, tokens, logps, mask).loss_sum))
+        losses.append(float(fast_jit(objectives.top_k_distillation)(logits, tokens, logps, mask).loss_sum))
     assert np.all(np.diff(losses) > 0)
     _, teacher, tokens, logps, mask = draw(2)
-    np.testing.assert_allclose(objectives.top_k_distillation(teacher, tokens, logps, mask).loss_sum, 0.0, atol=1e-5)
+    same = fast_jit(objectives.top_k_distillation)(teacher, tokens, logps, mask)
+    np.testing.assert_allclose(same.loss_sum, 0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rest", ["bucket", "renormalise"])
@@ -86,7 +88,7 @@ def test_a_teacher_that_is_sure(rest):
     logits, _, tokens, _, mask = draw(3, scale=1e3)
     sure = np.where(np.arange(KEPT) == 0, 0.0, -np.inf) + np.zeros((BATCH, TOKENS, 1), np.float32)
     loss = objectives.create("top_k_distillation", rest=rest)
-    value, gradient = jax.value_and_grad(lambda z: loss(z, tokens, np.float32(sure), mask).loss_sum)(
+    value, gradient = fast_jit(jax.value_and_grad(lambda z: loss(z, tokens, np.float32(sure), mask).loss_sum))(
         jnp.asarray(logits)
     )
     want = objectives.cross_entropy(logits, tokens[..., 0], mask).loss_sum
