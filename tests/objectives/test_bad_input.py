@@ -188,7 +188,7 @@ def test_padding_may_hold_any_label():
 
 
 def test_a_response_without_tokens():
-    """An error where it is made; in statistics it is padding, which takes no part (all: test_any_mask_is_finite_...)."""
+    """An error where it is made; in statistics it is padding, which takes no part (all: test_any_mask_is_finite_...)"""
     given, mask = tokens(), MASK * np.array([[1.0], [0.0]])
     with pytest.raises(ValueError, match="row 1 of mask counts no token: a response has at least its end-of-text"):
         objectives.sequence_logps(given["logits"], given["targets"], mask)
