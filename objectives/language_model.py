@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from objectives.output import LossOutput
 from objectives.preference.pairs import check_range, check_shape, check_values_in
 from objectives.registry import register
+from objectives.statistics import check_targets
 from zoo.core.registry import check_choice
 
 
@@ -41,7 +42,8 @@ def cross_entropy(
       LossOutput: weight = sum of the mask; metrics nll (without smoothing and z-loss), accuracy; z_loss where used.
 
     Raises:
-      ValueError: shapes disagree or an option is out of range.
+      ValueError: shapes disagree or an option is out of range; outside of traced functions also a counted target
+        outside [0, Z), which makes the loss NaN in a traced one.
     """
     if targets.shape != logits.shape[:-1] or loss_mask.shape != targets.shape:
         raise ValueError(
@@ -54,6 +56,7 @@ def cross_entropy(
         raise ValueError(f"z_loss must be >= 0, got {z_loss}")
     mask = loss_mask.astype(jnp.float32)
     counted = mask != 0
+    check_targets(targets, counted, logits.shape[-1])
     targets = jnp.where(counted, targets, 0)
     logits = jnp.where(counted[..., None], logits.astype(jnp.float32), 0.0)
     log_z = jax.nn.logsumexp(logits, axis=-1)

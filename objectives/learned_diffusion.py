@@ -9,12 +9,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from objectives.diffusion import LEAST_TIME
+from objectives.diffusion import ABOVE_ZERO, LEAST_TIME
 from objectives.output import LossOutput
 from objectives.preference.pairs import check_positive, check_range, check_shape, check_values_in, log1mexp
 from objectives.registry import register
-
-LEAST_POWER = 1e-30
+from objectives.statistics import check_targets
 
 
 def mask_tokens_by_class(
@@ -103,7 +102,8 @@ def learned_masked_diffusion(
       LossOutput: weight = number of valid tokens; metrics diffusion, first (both sums), masked (mean of the copies).
 
     Raises:
-      ValueError: shapes disagree, least_time is out of range, or, outside of traced functions, a power is.
+      ValueError: shapes disagree, least_time is out of range, or, outside of traced functions, a power, a
+        time or a target is.
     """
     check_shape(logits.shape, logits_again=logits_again)
     check_shape(logits.shape[:-1], targets=targets, masked=masked, masked_again=masked_again)
@@ -111,10 +111,12 @@ def learned_masked_diffusion(
     check_shape(logits.shape[-1:], powers=powers)
     check_positive(least_time=least_time)
     check_range(0.0, 1.0, open_high=True, least_time=least_time)
-    check_values_in(LEAST_POWER, math.inf, powers=powers)
+    check_values_in(ABOVE_ZERO, math.inf, powers=powers)
     if valid is None:
         valid = jnp.ones(targets.shape, bool)
     check_shape(targets.shape, valid=valid)
+    check_targets(targets, valid, powers.shape[0])
+    check_values_in(least_time, 1.0, where=jnp.any(valid != 0, axis=-1), times=times)
     valid, powers = valid != 0, powers.astype(jnp.float32)
     times = times.astype(jnp.float32)[:, None]
     known = (targets >= 0) & (targets < powers.shape[0])

@@ -80,7 +80,7 @@ def create(name: str, **options: Any) -> Objective:
 
     Raises:
       KeyError: unknown name, with the nearest one.
-      ValueError: unknown option, with the nearest one, or a value that the objective refuses.
+      ValueError: unknown option, with the nearest one. What a value may be the objective says when it is called.
     """
     entry = OBJECTIVES.get(name)
     check_keys(f"objective {name!r}", options, entry.defaults)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from objectives.output import LossOutput
 from objectives.preference.pairs import check_range, check_shape
 from objectives.registry import register
-from objectives.statistics import is_concrete, token_logps
+from objectives.statistics import check_targets, is_concrete, token_logps
 from pallas_kernels import partition
 from zoo.core.registry import check_choice
 
@@ -88,7 +88,8 @@ def selective_cross_entropy(
       excess (of kept tokens), nll_all and weight_all (of all counted tokens; weight / weight_all is the kept share).
 
     Raises:
-      ValueError: shapes disagree, an option is out of range, or `devices` does not divide the batch.
+      ValueError: shapes disagree, an option is out of range, or `devices` does not divide the batch; outside of traced
+        functions also a counted target outside [0, Z).
     """
     check_shape(logits.shape[:-1], targets=targets, loss_mask=loss_mask, ref_nll=ref_nll)
     check_choice("scope", scope, SCOPES)
@@ -106,6 +107,7 @@ def selective_cross_entropy(
         groups = rows if scope == "sequence" else 1
     mask = loss_mask.astype(jnp.float32)
     counted = mask != 0
+    check_targets(targets, counted, logits.shape[-1])
     nll = -token_logps(logits, targets, loss_mask)
     excess = jnp.where(counted, jax.lax.stop_gradient(nll - ref_nll.astype(jnp.float32)), 0.0)
     kept = jnp.where(select_tokens(excess, mask, ratio, groups), mask, 0.0)

@@ -102,6 +102,26 @@ def token_logps(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.A
     return _token_logps(logits, jnp.where(counted, targets, 0), counted)
 
 
+def check_targets(targets: jax.Array, counted: jax.Array, classes: int) -> None:
+    """Raises ValueError that names the first counted target outside [0, classes); traced arrays pass.
+
+    Args:
+      targets: int[...].
+      counted: [...], 0 where a target does not matter.
+      classes: size of the vocabulary.
+    """
+    if not is_concrete(targets, counted):
+        return
+    labels = np.asarray(targets)
+    wrong = (np.asarray(counted) != 0) & ((labels < 0) | (labels >= classes))
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"targets{list(place)} = {labels[place]} is outside the vocabulary, [0, {classes}); "
+            "mask it or check the tokenizer"
+        )
+
+
 def linear_sequence_logps(
     x: jax.Array,
     w: jax.Array,
@@ -170,7 +190,7 @@ def _check_values(
         raise ValueError(f"examples must be [B, T] = {mask.shape}, got {examples.shape}")
     if not is_concrete(targets, mask, examples):
         return
-    labels, counted = np.asarray(targets), np.asarray(mask)
+    counted = np.asarray(mask)
     if not np.isin(counted, (0, 1)).all():
         raise ValueError("mask must be 0 or 1 everywhere: weights of tokens belong to the objective")
     counted = counted != 0
@@ -182,13 +202,7 @@ def _check_values(
             )
     elif (empty := np.flatnonzero(~counted.any(axis=-1))).size:
         raise ValueError(f"row {empty[0]} of mask counts no token: a response has at least its end-of-text token")
-    wrong = counted & ((labels < 0) | (labels >= classes))
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise ValueError(
-            f"targets[{row}, {column}] = {labels[row, column]} is outside the vocabulary, [0, {classes}); "
-            "mask it or check the tokenizer"
-        )
+    check_targets(targets, counted, classes)
 
 
 def collect_logps(

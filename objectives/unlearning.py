@@ -26,7 +26,7 @@ from objectives.preference.pairs import (
     reduce_examples,
 )
 from objectives.registry import register
-from objectives.statistics import LogProbs, token_logps
+from objectives.statistics import LogProbs, check_targets, token_logps
 
 
 @register(
@@ -54,9 +54,11 @@ def gradient_ascent(
       LossOutput: weight = sum of the mask; metrics nll.
 
     Raises:
-      ValueError: shapes disagree or max_nll is not above 0.
+      ValueError: shapes disagree or max_nll is not above 0; outside of traced functions also a counted target outside
+        [0, Z).
     """
     nll = -token_logps(logits, targets, loss_mask)
+    check_targets(targets, loss_mask, logits.shape[-1])
     mask = loss_mask.astype(jnp.float32)
     metrics = {"nll": jax.lax.stop_gradient(jnp.sum(mask * nll))}
     if max_nll is not None:

@@ -13,7 +13,13 @@ from pipelines.chat import TEMPLATES, ChatTemplate, ChatTokens, Marks
 from pipelines.dataset import TextDataset, TokenizedDocuments, prepare
 from pipelines.errors import DataError
 from pipelines.packing import evaluation_iterator, train_iterator
-from pipelines.preference import RESPONSE_SOURCES, ResponseExample, ResponseSource, make_response_source
+from pipelines.preference import (
+    RESPONSE_SOURCES,
+    ResponseExample,
+    ResponseSource,
+    cross_prompt_pairs,
+    make_response_source,
+)
 from pipelines.responses import ResponseDataset, prepare_responses
 from pipelines.sources import SOURCES, Document, Source, make_source
 from pipelines.stdlib_text import StdlibText
@@ -54,6 +60,7 @@ __all__ = [
     "Tokenizer",
     "arithmetic",
     "bits_per_byte",
+    "cross_prompt_pairs",
     "evaluation_iterator",
     "gzip_bits_per_byte",
     "load_tokenizer",

@@ -3,7 +3,7 @@
 A record is a JSON object, one a line of a file, or one that a task makes. A prompt or a response is a text or a list of
 turns (see `pipelines.chat`); fields that are not named here are not read.
 
-  sft       {"messages"} or {"prompt", "response"}
+  sft       {"messages"} or {"prompt", "response"}, and {"attributes": {name: number}} where they are asked for
   pairs     {"prompt", "chosen", "rejected"}
   unpaired  {"prompt", "response", "label"}         label: true or false, 1 or 0
   ranked    {"prompt", "responses", "scores"}       scores: the higher the better; or "ranks": the lower the better
@@ -16,8 +16,10 @@ import dataclasses
 import itertools
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from pipelines.chat import LOSSES, TEMPLATES, TRUNCATIONS, Turns, as_turns, check_conversation
 from pipelines.errors import DataError
@@ -27,6 +29,14 @@ from zoo.core.registry import Registry, check_choice
 KINDS = ("sft", "pairs", "unpaired", "ranked")
 UNPACKINGS = ("best_vs_worst", "best_vs_rest", "all", "lists")
 WEIGHTINGS = ("token", "example")
+# Comparisons across prompts: ((member, side), (member, side)), member 0 the example and 1 and 2 its partners, side 0
+# the chosen response and 1 the rejected one. Eight in which the first is better, and six ties.
+_OTHERS = tuple(itertools.product((1, 2), (0, 1)))
+CROSS_PROMPTS = (
+    *itertools.product(((0, 0), (0, 1)), _OTHERS),
+    *itertools.combinations(_OTHERS, 2),
+)
+SCORE = "{score}"  # where the score goes in the text of a goal
 METRICS = {  # what runs report, by the kind of batches
     "sft": ("loss", "accuracy"),
     "pairs": ("loss", "accuracy"),
@@ -34,9 +44,10 @@ METRICS = {  # what runs report, by the kind of batches
     "ranked": ("loss",),
 }
 _KIND_OF = {  # options that make sense for one kind only
-    **dict.fromkeys(("loss", "pack", "weighting"), "sft"),
+    **dict.fromkeys(("loss", "pack", "weighting", "attributes"), "sft"),
     "mismatched": "unpaired",
-    **dict.fromkeys(("unpack", "gap", "ties"), "ranked"),
+    "cross_prompts": "pairs",
+    **dict.fromkeys(("unpack", "gap", "ties", "stage", "goal"), "ranked"),
 }
 
 RESPONSE_SOURCES: "Registry[type[ResponseSource]]" = Registry("source")
@@ -88,6 +99,18 @@ class ResponseSource(BaseSource):
             last as the worst.
         gap: of ranked, the difference of scores above which one response is better; a pair of less is none.
         ties: of ranked, whether pairs of less are kept as ties.
+        stage: of ranked and "best_vs_rest", from 1 on: of each record the one pair whose gap in score is the stage-th
+            largest. Curry-DPO (arXiv:2403.07230) trains on stage 1, 2, ... in turn, each from the model of the one
+            before, which is also its reference. 0 = all pairs at once. The order is `objectives.curriculum_pairs`.
+        goal: of ranked, a text with "{score}" for a system turn, such as "Aim at a score of {score}.": every pair
+            becomes two, asked for the score of either response, which is then the chosen one (arXiv:2410.08067, as in
+            the authors' code but for pairs of equal scores, which it keeps). The examples have no scores any more.
+            "" = no goals.
+        cross_prompts: of pairs, comparisons across prompts for each training pair, up to fourteen (RRM,
+            arXiv:2409.13156; see `cross_prompt_pairs`), after the pairs themselves; for reward models. 0 = none.
+        attributes: of sft, names of numbers in the record's "attributes", which a system turn lists as
+            "name:number,name:number" (attribute-conditioned tuning of SteerLM, arXiv:2310.05344). To generate, ask for
+            the numbers that are wanted.
     """
 
     template: str = "plain"
@@ -99,11 +122,19 @@ class ResponseSource(BaseSource):
     unpack: str = "best_vs_worst"
     gap: float = 0.0
     ties: bool = False
+    stage: int = 0
+    goal: str = ""
+    cross_prompts: int = 0
+    attributes: Sequence[str] = ()
     kind: ClassVar[str]
     items: ClassVar[str] = "examples"
 
     def __post_init__(self):
         super().__post_init__()
+        names = [self.attributes] if isinstance(self.attributes, str) else list(self.attributes)
+        if not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"attributes={self.attributes!r} must be names of numbers, such as ('helpfulness',)")
+        self.attributes = tuple(names)
         TEMPLATES.get(self.template)
         check_choice("kind", self.kind, KINDS)
         check_choice("truncate", self.truncate, TRUNCATIONS)
@@ -118,8 +149,19 @@ class ResponseSource(BaseSource):
             kind = _KIND_OF.get(field.name, self.kind)
             if kind != self.kind and getattr(self, field.name) != field.default:
                 raise ValueError(f"{field.name} is an option of kind {kind!r}, not of {self.kind!r}; leave it out")
-        if self.unpack == "lists" and (self.gap or self.ties):
-            raise ValueError("gap and ties are options of pairs, not of unpack='lists'; leave them out")
+        if self.unpack == "lists" and (self.gap or self.ties or self.goal):
+            raise ValueError("gap, ties and goal are options of pairs, not of unpack='lists'; leave them out")
+        if isinstance(self.stage, bool) or not isinstance(self.stage, int) or self.stage < 0:
+            raise ValueError(f"stage={self.stage!r} must be 0, for all pairs, or the number of a stage")
+        if self.stage and self.unpack != "best_vs_rest":
+            raise ValueError(f"stage={self.stage} goes with unpack='best_vs_rest', not with {self.unpack!r}")
+        crossed = self.cross_prompts
+        if isinstance(crossed, bool) or not isinstance(crossed, int) or not 0 <= crossed <= len(CROSS_PROMPTS):
+            raise ValueError(f"cross_prompts={crossed!r} must be a number from 0 to {len(CROSS_PROMPTS)}")
+        if self.goal and (not isinstance(self.goal, str) or SCORE not in self.goal):
+            raise ValueError(f"goal={self.goal!r} must be a text that says where the score goes, by {SCORE!r}")
+        if self.goal and self.ties:
+            raise ValueError("a tie has no response that is right for a goal: leave out ties or goal")
 
     @property
     def batches(self) -> str:
@@ -144,7 +186,19 @@ class ResponseSource(BaseSource):
         Raises:
             DataError: a bad record (with on_error="raise"), or nothing to read at all.
         """
-        return self.usable(itertools.chain.from_iterable(map(self._examples, self.records())))
+        found = itertools.chain.from_iterable(map(self._examples, self.records()))
+        return self.usable(self._crossed(found) if self.cross_prompts else found)
+
+    def _crossed(self, found: Iterable[ResponseExample | DataError]) -> Iterator[ResponseExample | DataError]:
+        """What is found, and then the comparisons across the prompts of what is for training."""
+        train: list[ResponseExample] = []
+        for item in found:
+            if isinstance(item, ResponseExample) and item.split == "train":
+                train.append(item)
+            yield item
+        if len(train) < 3:
+            raise DataError("too few pairs", str(self), f"cross_prompts takes three for training, found {len(train)}")
+        yield from cross_prompt_pairs(train, self.cross_prompts)
 
     def _examples(self, item) -> Sequence[ResponseExample | DataError]:
         if isinstance(item, DataError):
@@ -152,6 +206,10 @@ class ResponseSource(BaseSource):
         record, origin, *split = item
         try:
             example = _PARSERS[self.kind](record, origin)
+            if self.attributes:
+                example = _told(example, _listed(record, self.attributes, origin))
+            if self.goal and "scores" not in record:
+                raise DataError("missing field", origin, "a goal needs 'scores', the line has 'ranks'")
         except DataError as error:
             return [error]
         opening = next(turn["content"] for turn in example.prompt if turn["role"] == "user")
@@ -164,10 +222,12 @@ class ResponseSource(BaseSource):
         count = len(ranked.responses)
         chosen = {
             "best_vs_worst": [(0, count - 1)],
-            "best_vs_rest": [(0, other) for other in range(1, count)],
+            "best_vs_rest": [(0, other) for other in range(1, count) if self.stage in (0, count - other)],
             "all": itertools.combinations(range(count), 2),
         }[self.unpack]
         found = []
+        if self.stage >= count:
+            self.skipped["fewer pairs than stages"] += 1
         for pair in chosen:
             responses = tuple(ranked.responses[i] for i in pair)
             better, worse = (ranked.scores[i] for i in pair)
@@ -176,9 +236,60 @@ class ResponseSource(BaseSource):
                 self.skipped["equal responses"] += 1
             elif tie and not self.ties:
                 self.skipped["no preference"] += 1
+            elif self.goal:
+                for score, order in ((better, responses), (worse, responses[::-1])):
+                    told = _told(ranked, self.goal.replace(SCORE, f"{score:g}"))
+                    found.append(told._replace(responses=order, scores=None))
             else:
                 found.append(ranked._replace(responses=responses, scores=(better, worse), tie=tie))
         return found
+
+
+def cross_prompt_pairs(examples: Sequence[ResponseExample], number: int, seed: int = 0) -> Iterator[ResponseExample]:
+    """Pairs with responses to other prompts, so that what is good about a response has to do with its prompt (RRM).
+
+    Each example has two partners. Its own responses, chosen and rejected, are better answers to its prompt than those
+    of either partner: eight pairs. The partners' are as good as each other: six, whose order is drawn, so that the
+    expected loss is that of a label of 1/2. Which there are is `objectives.cross_prompt_comparisons`.
+
+    Args:
+      examples: pairs, three at least.
+      number: drawn for each example, of the fourteen. Pairs of equal responses are left out, and those with a partner
+        of the same prompt.
+      seed: of the partners and of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(examples))
+    for position, index in enumerate(order):
+        group = [examples[order[(position + step) % len(order)]] for step in range(3)]
+        own = examples[index]
+        for case in sorted(rng.choice(len(CROSS_PROMPTS), number, replace=False)):
+            sides, tie = CROSS_PROMPTS[case], case >= 8
+            if tie and rng.random() < 0.5:
+                sides = sides[::-1]
+            responses = tuple(group[member].responses[side] for member, side in sides)
+            others = [group[member] for member, _ in sides if member]
+            if responses[0] != responses[1] and all(other.prompt != own.prompt for other in others):
+                yield own._replace(responses=responses)
+
+
+def _told(example: ResponseExample, text: str) -> ResponseExample:
+    """The example with a text before its system turn, if it has one, or as its system turn."""
+    system = [turn["content"] for turn in example.prompt[:1] if turn["role"] == "system"]
+    turn = {"role": "system", "content": "\n\n".join([text, *system])}
+    return example._replace(prompt=(turn, *example.prompt[len(system) :]))
+
+
+def _listed(record: Mapping[str, Any], names: Sequence[str], origin: str) -> str:
+    """The attributes of a record as a text."""
+    given = field_of(record, "attributes", origin)
+    if not isinstance(given, Mapping):
+        raise DataError("wrong type", origin, f"'attributes' must map names to numbers, found {type(given).__name__}")
+    numbers = {name: field_of(given, name, f"{origin}, 'attributes'") for name in names}
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e38:
+            raise DataError("bad attribute", origin, f"{name!r} must be a finite number, found {number!r:.40}")
+    return ",".join(f"{name}:{number:g}" for name, number in numbers.items())
 
 
 def make_response_source(config: Mapping[str, Any]) -> ResponseSource:

@@ -65,15 +65,15 @@ def clippy_adagrad(
     clip_accumulator: bool = False,
     layout: Tree | None = None,
 ) -> optax.GradientTransformation:
-    """AdaGrad with Clippy's adaptive clipping (arXiv:2302.09178, algorithm 2; defaults as in Keras RS).
+    """AdaGrad with Clippy's adaptive clipping (arXiv:2302.09178; form and defaults of ClippyAdagrad in Keras RS).
 
       q = 1 / sqrt(A + eps),   u = lr g q
       c = min(1, min_i (relative |w_i| + accumulator_relative q_i + absolute) / |u_i|)   for every tensor
       w = w - c u,   A = A + g^2,   or A + (c g)^2 with `clip_accumulator`
 
     q has the A of before this gradient, and so has the bound. Each layer of a stacked leaf has its own c. A tensor that
-    starts at 0 moves by `absolute` at most in its first step: raise it where there are such. The paper takes
-    relative 0.5 and absolute 1e-2. State: A in float32, 4 bytes a parameter.
+    starts at 0 moves by `absolute` at most in its first step: raise it where there are such. The paper takes a rate of
+    1, as Keras RS says, and a relative 0.5 and an absolute 1e-2, as recalled. State: A in float32, 4 bytes a parameter.
 
     Args:
       learning_rate: lr.

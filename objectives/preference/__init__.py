@@ -1,10 +1,11 @@
 """Preference objectives: functions of the log-probabilities of chosen and rejected responses."""
 
-from objectives.preference.curriculum import curriculum_pairs, reward_augmented_pairs
+from objectives.preference.calibrated import mappo, mappo_cpo, mappo_ipo, mappo_simpo
+from objectives.preference.curriculum import clear_pairs, curriculum_pairs, ranking_concordance, reward_augmented_pairs
 from objectives.preference.discovered import aqfl, aql, cell, dbaql, discopop, padll, pfl
 from objectives.preference.dpo import dpo, exo, hinge, ipo, nca, robust_dpo
 from objectives.preference.length import ld_dpo, r_dpo
-from objectives.preference.margins import dpo_shift, mappo, phantom, selm, todo, wrpo
+from objectives.preference.margins import dpo_shift, phantom, selm, todo, wrpo
 from objectives.preference.mixing import init_mixing, metaapo, metaapo_weights, mixing_weight
 from objectives.preference.pointwise import apo_down, apo_zero, bco_pair, sppo
 from objectives.preference.reference_free import asft, cpo, orpo, simpo, tpo, tpo_l
@@ -38,6 +39,7 @@ __all__ = [
     "bco",
     "bco_pair",
     "cell",
+    "clear_pairs",
     "comparison_direction",
     "comparison_step",
     "cpo",
@@ -59,6 +61,9 @@ __all__ = [
     "kto",
     "ld_dpo",
     "mappo",
+    "mappo_cpo",
+    "mappo_ipo",
+    "mappo_simpo",
     "metaapo",
     "metaapo_weights",
     "mixing_weight",
@@ -71,6 +76,7 @@ __all__ = [
     "pfl",
     "phantom",
     "r_dpo",
+    "ranking_concordance",
     "ranking_consistency",
     "reward_augmented_pairs",
     "reward_distillation",

@@ -45,40 +45,6 @@ def dpo_shift(
     return pairs.reduce_pairs(jax.nn.softplus(r_l - r_w), policy_chosen, policy_rejected, r_w, r_l)
 
 
-@register("mappo", category="preference", papers=("2507.21183",), proof="test_margins.py::test_is_its_definition")
-def mappo(
-    policy_chosen: LogProbs,
-    policy_rejected: LogProbs,
-    ref_chosen: LogProbs,
-    ref_rejected: LogProbs,
-    score_chosen: jax.Array,
-    score_rejected: jax.Array,
-    *,
-    beta: float = 0.1,
-) -> LossOutput:
-    """Maximum a posteriori preference optimisation (arXiv:2507.21183, equation 8).
-
-      loss = sp(-beta (h_w - D h_l)),   D = score_w - score_l clipped to [0, 1]
-
-    Near-ties barely push the rejected response down. The paper takes scores in [0, 1], of which the chosen one is the
-    greater; clipping what lies outside is ours.
-
-    Args:
-      score_chosen: [B], a reward model's scores, in [0, 1].
-      score_rejected: [B], likewise.
-      beta: strength of the pull to the reference, above 0.
-
-    Returns:
-      LossOutput: as `dpo`, with rewards beta h_w and D beta h_l, and metric score_gap (D).
-    """
-    h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_shape(h_w.shape, score_chosen=score_chosen, score_rejected=score_rejected)
-    gap = jax.lax.stop_gradient(jnp.clip(jnp.float32(score_chosen) - score_rejected, 0.0, 1.0))
-    r_w, r_l = beta * h_w, beta * gap * h_l
-    return pairs.reduce_pairs(jax.nn.softplus(r_l - r_w), policy_chosen, policy_rejected, r_w, r_l, score_gap=gap)
-
-
 @register("todo", category="preference", papers=("2411.02442",), proof="test_margins.py::test_is_its_definition")
 def todo(
     policy_chosen: LogProbs,
@@ -107,6 +73,7 @@ def todo(
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     pairs.check_positive(beta=beta, tie_width=tie_width)
     pairs.check_shape(h_w.shape, tie=tie)
+    pairs.check_values_among((0, 1), where=pairs.counted(policy_chosen, policy_rejected), tie=tie)
     tie = jnp.asarray(tie, bool)
     r_w, r_l = beta * h_w, beta * h_l
     win, draw = jax.nn.softplus(tie_width - (r_w - r_l)), tie_nll(r_w - r_l, tie_width)

@@ -60,6 +60,7 @@ def _losses(off: tuple[LogProbs, ...], on: tuple[LogProbs, ...], weight: jax.Arr
     pairs.check_statistics(policy_chosen=off[0], **dict(zip(names, on, strict=True)))
     pairs.check_positive(beta=beta)
     pairs.check_shape(h_w.shape, weight=weight)
+    pairs.check_values_in(0.0, 1.0, where=pairs.counted(*off[:2]), weight=weight)
     on_w, on_l = log_ratios(*on)
     online = (on[0].count > 0) & (on[1].count > 0)
     loss_on = jnp.where(online, jax.nn.softplus(-beta * (on_w - on_l)), 0.0)

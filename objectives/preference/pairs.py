@@ -54,17 +54,46 @@ def check_shape(shape: tuple[int, ...], **arrays: Any) -> None:
             raise ValueError(f"{name} must have shape {shape}, got {jnp.shape(value)}")
 
 
-def check_values_in(low: float, high: float, **arrays: Any) -> None:
+def check_values_in(low: float, high: float, *, where: Any = None, **arrays: Any) -> None:
     """Raises ValueError unless all values of the arrays are in [low, high]; traced arrays pass.
 
     Args:
       low: least value.
       high: greatest value.
+      where: bool, of the leading dimensions of the arrays; False where values do not matter. None = all matter.
       **arrays: by argument name.
     """
     for name, value in arrays.items():
-        if is_concrete(value) and not ((np.asarray(value) >= low) & (np.asarray(value) <= high)).all():
-            raise ValueError(f"{name} must be in [{low}, {high}] everywhere, got {np.asarray(value)}")
+        if is_concrete(value, where):
+            numbers = np.asarray(value)
+            _refuse(~((numbers >= low) & (numbers <= high)), numbers, where, f"{name} must be in [{low}, {high}]")
+
+
+def check_values_among(allowed: Sequence[int], *, where: Any = None, **arrays: Any) -> None:
+    """Raises ValueError unless all values of the arrays are among those allowed; traced arrays pass.
+
+    Args:
+      allowed: numbers.
+      where: as of `check_values_in`.
+      **arrays: by argument name.
+    """
+    *most, last = allowed
+    for name, value in arrays.items():
+        if is_concrete(value, where):
+            numbers = np.asarray(value)
+            wrong = ~np.isin(numbers, allowed)
+            _refuse(wrong, numbers, where, f"{name} must be {', '.join(map(str, most))} or {last}")
+
+
+def _refuse(wrong: np.ndarray, numbers: np.ndarray, where: Any, rule: str) -> None:
+    """Raises ValueError that names the first number that is wrong where it matters."""
+    if where is not None:
+        counted = np.asarray(where) != 0
+        wrong = wrong & counted.reshape(counted.shape + (1,) * (wrong.ndim - counted.ndim))
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        at = f" at index {place[0] if len(place) == 1 else place}" if place else ""
+        raise ValueError(f"{rule} everywhere, got {numbers[place]}{at}")
 
 
 def check_positive(**options: Any) -> None:
@@ -74,8 +103,23 @@ def check_positive(**options: Any) -> None:
       **options: by name.
     """
     for name, value in options.items():
-        if is_concrete(value) and not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+        if is_concrete(value) and not (_is_number(value) and value > 0):
+            raise ValueError(f"{name} must be above 0, {_got(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one number, as a scalar or as an array without dimensions."""
+    return np.ndim(value) == 0 and jnp.issubdtype(np.asarray(value).dtype, jnp.number)
+
+
+def _got(value: Any) -> str:
+    """The tail of an error: the value and, where it is no number, what was meant as far as one sees."""
+    if _is_number(value):
+        return f"got {value}"
+    try:
+        return f"got {value!r}; give a number, such as {float(value)}"
+    except (TypeError, ValueError):
+        return f"got {value!r}; give a number"
 
 
 def check_range(low: float, high: float, *, open_high: bool = False, **options: Any) -> None:
@@ -88,8 +132,11 @@ def check_range(low: float, high: float, *, open_high: bool = False, **options: 
       **options: by name.
     """
     for name, value in options.items():
-        if is_concrete(value) and not (low <= value < high if open_high else low <= value <= high):
-            raise ValueError(f"{name} must be in [{low}, {high}{')' if open_high else ']'}, got {value}")
+        if not is_concrete(value):
+            continue
+        if not _is_number(value) or not (low <= value < high if open_high else low <= value <= high):
+            interval = f"[{low}, {high}{')' if open_high else ']'}"
+            raise ValueError(f"{name} must be in {interval}, {_got(value)}")
 
 
 def log_ratio(policy: LogProbs, ref: LogProbs) -> jax.Array:

@@ -10,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from objectives.preference.pairs import check_range
+
 
 def ema_update(average: Any, params: Any, decay: float = 0.5) -> Any:
     """decay average + (1 - decay) params, leaf by leaf, in float32 and the dtype of the average.
@@ -18,7 +20,11 @@ def ema_update(average: Any, params: Any, decay: float = 0.5) -> Any:
       average: tree of arrays.
       params: likewise.
       decay: in [0, 1]; the default is that of the authors' code.
+
+    Raises:
+      ValueError: decay is out of range.
     """
+    check_range(0.0, 1.0, decay=decay)
 
     def leaf(old: jax.Array, new: jax.Array) -> jax.Array:
         return (decay * old.astype(jnp.float32) + (1.0 - decay) * new.astype(jnp.float32)).astype(old.dtype)

@@ -32,6 +32,8 @@ def mmpo(
 
       loss = ce(beta d, p),   p = sigma(gamma (score_w - score_l)),   gamma = score_scale
 
+    As in the authors' code, where gamma is tuned and has no default; 1 is ours.
+
     Args:
       score_chosen: [B], quality on any scale.
       score_rejected: [B], likewise.
@@ -113,6 +115,8 @@ def cream(
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     pairs.check_positive(beta=beta)
     pairs.check_shape(h_w.shape, consistency=consistency)
+    valid = pairs.counted(policy_chosen, policy_rejected)
+    pairs.check_values_in(0.0, 1.0, where=valid, consistency=consistency)
     consistency = jax.lax.stop_gradient(jnp.asarray(consistency, jnp.float32))
     loss = smoothed_preference(beta * (h_w - h_l), consistency)
     return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, consistency=consistency)

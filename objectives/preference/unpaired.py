@@ -7,13 +7,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from objectives.output import LossOutput
 from objectives.preference import pairs
 from objectives.preference.pointwise import reward_shift
 from objectives.registry import register
-from objectives.statistics import LogProbs, is_concrete
+from objectives.statistics import LogProbs
 
 PROOF = "test_trl_goldens.py::test_unpaired_values_and_gradients"
 
@@ -27,8 +26,7 @@ def labelled_rewards(policy: LogProbs, ref: LogProbs, desirable: jax.Array, beta
     pairs.check_statistics(policy=policy, ref=ref)
     pairs.check_shape(policy.sum.shape, desirable=desirable)
     pairs.check_positive(beta=beta)
-    if is_concrete(desirable) and not np.isin(np.asarray(desirable), (0, 1)).all():
-        raise ValueError(f"desirable must be 0 or 1 everywhere, got {np.asarray(desirable)}")
+    pairs.check_values_among((0, 1), where=pairs.counted(policy), desirable=desirable)
     return beta * pairs.log_ratio(policy, ref), jnp.asarray(desirable) != 0
 
 
@@ -140,19 +138,20 @@ def bco(
       ref: of the frozen reference.
       desirable: bool[B], labels.
       reward_mean: scalar c; None: 0.
-      weights: [B], w; None: 1.
+      weights: [B], w, at least 0; None: 1.
       beta: strength of the pull to the reference, above 0.
 
     Returns:
       LossOutput: as `reduce_labelled`, rewards beta h.
 
     Raises:
-      ValueError: as `labelled_rewards`; `reward_mean` no scalar or `weights` not [B].
+      ValueError: as `labelled_rewards`; `reward_mean` no scalar, `weights` not [B] or one below 0.
     """
     reward, desirable = labelled_rewards(policy, ref, desirable, beta)
     logit = reward - reward_shift(reward_mean)
     loss = jax.nn.softplus(jnp.where(desirable, -logit, logit))
     if weights is not None:
         pairs.check_shape(reward.shape, weights=weights)
+        pairs.check_values_in(0.0, math.inf, where=pairs.counted(policy), weights=weights)
         loss = jax.lax.stop_gradient(weights) * loss
     return reduce_labelled(loss, policy, reward, desirable)

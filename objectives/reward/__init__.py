@@ -8,7 +8,7 @@ from objectives.reward.bradley_terry import (
     bradley_terry_ties,
     multi_attribute,
 )
-from objectives.reward.general_preference import general_preference, general_preference_score
+from objectives.reward.general_preference import general_preference, general_preference_score, pair_preference
 from objectives.reward.uncertainty import (
     CalibrationBins,
     auroc,
@@ -37,6 +37,7 @@ __all__ = [
     "general_preference_score",
     "multi_attribute",
     "outcome_value",
+    "pair_preference",
     "paired_prediction",
     "step_values",
     "uncertain_comparisons",

@@ -51,7 +51,7 @@ def cross_prompt_comparisons(partners: np.ndarray) -> Comparisons:
 
     Eight of a response to the prompt, chosen or rejected, against each of the four of the partners; six of the
     partners' against each other, with a label of 1/2. Train on a sample of them beside the given pairs, with
-    `bradley_terry`.
+    `bradley_terry`. `pipelines.cross_prompt_pairs` makes texts of them.
 
     Args:
       partners: int[B, 2], as of `draw_partners`.

@@ -64,7 +64,7 @@ def bradley_terry(
       (means over both responses, for mean and spread).
 
     Raises:
-      ValueError: shapes disagree or an option is out of range.
+      ValueError: shapes disagree, or an option or, outside of traced functions, a label is out of range.
     """
     size = check_scores(score_chosen=score_chosen, score_rejected=score_rejected)
     pairs.check_range(0.0, float("inf"), centring=centring)
@@ -74,6 +74,7 @@ def bradley_terry(
         pairs.check_shape((size,), margin=margin)
         x = x - margin
     pairs.check_shape((size,), label=label)
+    pairs.check_values_in(0.0, 1.0, where=valid_rows(mask, size), label=label)
     loss = smoothed_preference(x, jax.lax.stop_gradient(jnp.float32(label))) + centring * jnp.square(r_w + r_l)
     metrics = {
         "accuracy": (r_w > r_l).astype(jnp.float32),
@@ -138,14 +139,16 @@ def bradley_terry_ties(
       LossOutput: weight = number of pairs; metrics accuracy (of the most probable outcome) and margin.
 
     Raises:
-      ValueError: shapes disagree or the width is not above 0.
+      ValueError: shapes disagree, the width is not above 0 or, outside of traced functions, there is another outcome.
     """
     size = check_scores(score_first=score_first, score_second=score_second)
     pairs.check_positive(tie_width=tie_width)
     pairs.check_shape((size,), outcome=outcome)
+    pairs.check_values_among((-1, 0, 1), where=valid_rows(mask, size), outcome=outcome)
     x, index = jnp.float32(score_first) - score_second, 1 - jnp.asarray(outcome, jnp.int32)
     log_p = outcome_log_probabilities(x, tie_width)
     loss = -jnp.take_along_axis(log_p, index[:, None], axis=-1)[:, 0]
+    loss = jnp.where((index >= 0) & (index <= 2), loss, jnp.nan)  # not that of another outcome, where traced
     accuracy = (jnp.argmax(log_p, axis=-1) == index).astype(jnp.float32)
     return pairs.reduce_examples(loss, valid_rows(mask, size), {"accuracy": accuracy, "margin": x})
 
@@ -156,7 +159,8 @@ def multi_attribute(predictions: jax.Array, ratings: jax.Array, observed: jax.Ar
 
       loss = sum_ba o_ba (prediction_ba - rating_ba)^2
 
-    A scalar reward is a fixed weighted sum of the predictions.
+    A scalar reward is a fixed weighted sum of the predictions. The loss is that of the regression reward models of
+    NeMo-Aligner, the library of HelpSteer's authors.
 
     Args:
       predictions: float[B, A].
@@ -186,22 +190,23 @@ def binary_principle(
 
       loss = -(y logp_yes + (1 - y) logp_no),   reward = logp_yes - logp_no
 
-    The principle is part of the prompt.
+    The principle is part of the prompt. Both formulas are as recalled, not confirmed against the paper's text or code.
 
     Args:
       logp_yes: float[B], log-probability over the whole vocabulary of the token that says yes.
       logp_no: float[B], likewise.
-      label: [B], y, 1 if the principle holds, else 0.
+      label: [B], y in [0, 1], 1 if the principle holds, else 0.
       mask: [B], 0 at padding.
 
     Returns:
       LossOutput: weight = number of responses; metrics reward and accuracy (of reward > 0 for y > 1/2).
 
     Raises:
-      ValueError: shapes disagree.
+      ValueError: shapes disagree or, outside of traced functions, a label is out of range.
     """
     size = check_scores(logp_yes=logp_yes, logp_no=logp_no)
     pairs.check_shape((size,), label=label)
+    pairs.check_values_in(0.0, 1.0, where=valid_rows(mask, size), label=label)
     yes, no, y = jnp.float32(logp_yes), jnp.float32(logp_no), jnp.float32(label)
     accuracy = ((yes > no) == (y > 0.5)).astype(jnp.float32)
     metrics = {"reward": yes - no, "accuracy": accuracy}

@@ -1,10 +1,12 @@
-"""Preferences that need not be transitive: an embedding per response and an antisymmetric score (arXiv:2410.02197)."""
+"""Preferences that need not be transitive: an embedding per response and an antisymmetric score (arXiv:2410.02197), or
+a language model that is shown both responses (arXiv:2405.07863)."""
 
 import jax
 import jax.numpy as jnp
 
 from objectives.output import LossOutput
 from objectives.preference import pairs
+from objectives.preference.dpo import smoothed_preference
 from objectives.registry import register
 from objectives.reward.bradley_terry import valid_rows
 
@@ -87,3 +89,55 @@ def general_preference(
     score = general_preference_score(embedding_chosen, embedding_rejected, gates)
     metrics = {"accuracy": (score > 0).astype(jnp.float32), "score": score}
     return pairs.reduce_examples(jax.nn.softplus(-score / temperature), valid_rows(mask, score.shape[0]), metrics)
+
+
+@register(
+    "pair_preference",
+    category="reward",
+    papers=("2405.07863",),
+    proof="test_general_preference.py::test_pair_preference_is_its_definition",
+)
+def pair_preference(
+    option_logits: jax.Array,
+    swapped_logits: jax.Array,
+    label: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> LossOutput:
+    """A language model that is shown two responses says which is better, in both orders (arXiv:2405.07863).
+
+      P = sigma(l_A - l_B),   loss = (CE(P, p) + CE(P', 1 - p)) / 2,   p = label
+
+    l are the logits of the two answers; P' is of the same question with the responses in the other order, so that no
+    place is preferred for its own sake. Both orders for each pair are ours; the paper shuffles.
+
+    Args:
+      option_logits: float[B, 2], logits of the answers (A, B), A the first response, which is shown first.
+      swapped_logits: float[B, 2], likewise with the second response shown first, as A.
+      label: [B], probability in [0, 1] that the first response is better. None: 1.
+      mask: [B], 0 at padding.
+
+    Returns:
+      LossOutput: weight = number of pairs; metrics probability, the mean (P + 1 - P') / 2 of both orders, to judge by;
+      accuracy of it; and agreement, whether both orders name the same response.
+
+    Raises:
+      ValueError: shapes disagree or, outside of traced functions, a label is out of range.
+    """
+    if jnp.ndim(option_logits) != 2 or jnp.shape(option_logits)[1] != 2:
+        raise ValueError(f"option_logits must be [B, 2], (A, B), got {jnp.shape(option_logits)}")
+    pairs.check_shape(jnp.shape(option_logits), swapped_logits=swapped_logits)
+    size = jnp.shape(option_logits)[0]
+    valid = valid_rows(mask, size)
+    label = jnp.ones((size,)) if label is None else label
+    pairs.check_shape((size,), label=label)
+    pairs.check_values_in(0.0, 1.0, where=valid, label=label)
+    label = jax.lax.stop_gradient(jnp.asarray(label, jnp.float32))
+    one, two = (x[:, 0] - x[:, 1] for x in (jnp.float32(option_logits), jnp.float32(swapped_logits)))
+    loss = 0.5 * (smoothed_preference(one, label) + smoothed_preference(two, 1.0 - label))
+    probability = 0.5 * (jax.nn.sigmoid(one) + jax.nn.sigmoid(-two))
+    metrics = {
+        "probability": probability,
+        "accuracy": ((probability > 0.5) == (label > 0.5)).astype(jnp.float32),
+        "agreement": ((one > 0) == (two < 0)).astype(jnp.float32),
+    }
+    return pairs.reduce_examples(loss, valid, metrics)

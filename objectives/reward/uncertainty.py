@@ -65,6 +65,7 @@ def uncertainty_tuning(
         raise ValueError(f"option_logits must be [B, 2], (no, yes), got {jnp.shape(option_logits)}")
     size = jnp.shape(option_logits)[0]
     pairs.check_shape((size,), correct=correct)
+    pairs.check_values_among((0, 1), correct=correct)
     pairs.check_range(0.0, float("inf"), divergence_weight=divergence_weight)
     option_logits = jnp.float32(option_logits)
     x, y = option_logits[:, 1] - option_logits[:, 0], jnp.float32(correct)
@@ -134,7 +135,7 @@ def calibration_bins(
       bins: N, at least 1.
 
     Raises:
-      ValueError: shapes disagree or bins is below 1.
+      ValueError: shapes disagree, bins is below 1 or, outside of traced functions, a number is out of range.
     """
     if jnp.ndim(confidence) != 1:
         raise ValueError(f"confidence must be [B], got {jnp.shape(confidence)}")
@@ -142,6 +143,8 @@ def calibration_bins(
     if bins < 1:
         raise ValueError(f"bins must be 1 at least, got {bins}")
     valid = valid_rows(mask, jnp.shape(confidence)[0])
+    pairs.check_values_in(0.0, 1.0, where=valid, confidence=confidence)
+    pairs.check_values_among((0, 1), where=valid, correct=correct)
     confidence, correct = jnp.float32(confidence), jnp.float32(correct)
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     member = (index[:, None] == jnp.arange(bins)) & valid[:, None]
@@ -177,7 +180,8 @@ def paired_prediction(first: LogProbs, second: LogProbs) -> LossOutput:
 
       loss = -log p(y_1 | x) - log p(y_2 | x, y_1)
 
-    A model that knows the answers' distribution has nothing to learn from y_1; see `epistemic_covariance`.
+    The cross entropy of pairs of the paper's section 3, in factors. A model that knows the answers' distribution has
+    nothing to learn from y_1; see `epistemic_covariance`.
 
     Args:
       first: of y_1 after the question.
@@ -199,7 +203,8 @@ def epistemic_covariance(first: jax.Array, second: jax.Array) -> jax.Array:
     """Covariance of what the model does not know: p(a | x) [p(b | x, a) - p(b | x)] (arXiv:2402.08733).
 
     For a calibrated pair predictor this is the covariance of p(a | x) and p(b | x) over the questions that it cannot
-    tell apart. The diagonal is the variance of p(a | x); a model may give negative ones.
+    tell apart: the pair covariance of the paper's section 3, with p(b | x) for both answers. The diagonal is the
+    variance of p(a | x) of its section 4; a model may give negative ones.
 
     Args:
       first: [..., A], p(a | x).
@@ -238,6 +243,7 @@ def compression_distance(
         raise ValueError(f"logits must be [B, A], got {jnp.shape(logits)}")
     pairs.check_shape(jnp.shape(logits), base_logits=base_logits)
     pairs.check_shape(jnp.shape(logits)[:1], answers=answers)
+    pairs.check_values_in(0, logits.shape[1] - 1, where=valid_rows(mask, logits.shape[0]), answers=answers)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(jnp.float32(base_logits), axis=-1))
     log_q = jax.nn.log_softmax(jnp.float32(logits), axis=-1)
     kl = jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)

@@ -19,7 +19,7 @@ def outcome_value(values: jax.Array, outcomes: jax.Array, mask: jax.Array) -> Lo
 
     Args:
       values: float[B, T], v of each token of the solution.
-      outcomes: [B], y, 1 for a right final answer, else 0.
+      outcomes: [B], y in [0, 1], 1 for a right final answer, else 0.
       mask: [B, T], 1 at tokens of the solution, 0 elsewhere.
 
     Returns:
@@ -27,13 +27,14 @@ def outcome_value(values: jax.Array, outcomes: jax.Array, mask: jax.Array) -> Lo
       wrong solutions, and right, the number of tokens of right solutions.
 
     Raises:
-      ValueError: shapes disagree.
+      ValueError: shapes disagree or, outside of traced functions, an outcome is out of range.
     """
     if jnp.ndim(values) != 2:
         raise ValueError(f"values must be [B, T], got {jnp.shape(values)}")
     pairs.check_shape(jnp.shape(values), mask=mask)
     pairs.check_shape(jnp.shape(values)[:1], outcomes=outcomes)
     counted, y = jnp.asarray(mask) != 0, jnp.float32(outcomes)[:, None]
+    pairs.check_values_in(0.0, 1.0, where=jnp.any(counted, axis=1), outcomes=outcomes)
     v = jnp.where(counted, jnp.float32(values), 0.0)
     right = jnp.broadcast_to(y, v.shape)
     metrics = {"value_right": v * right, "value_wrong": v * (1.0 - right), "right": right}
@@ -58,12 +59,13 @@ def step_values(values: jax.Array, targets: jax.Array, mask: jax.Array) -> LossO
       LossOutput: weight = sum of the mask; metric value (tanh(v)).
 
     Raises:
-      ValueError: shapes disagree.
+      ValueError: shapes disagree or, outside of traced functions, a target is out of range.
     """
     if jnp.ndim(values) != 2:
         raise ValueError(f"values must be [B, S], got {jnp.shape(values)}")
     pairs.check_shape(jnp.shape(values), targets=targets, mask=mask)
     counted = jnp.asarray(mask) != 0
+    pairs.check_values_in(-1.0, 1.0, where=counted, targets=targets)
     value = jnp.tanh(jnp.where(counted, jnp.float32(values), 0.0))
     error = value - jnp.where(counted, jnp.float32(targets), 0.0)
     return pairs.reduce_examples(jnp.square(error), counted, {"value": value})

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from objectives.preference.pairs import check_range, check_shape
+from objectives.preference.pairs import check_positive, check_range, check_shape
 from zoo.core.registry import check_choice
 
 ESTIMATORS = ("k1", "k2", "k3")
@@ -118,7 +118,7 @@ def group_advantages(rewards: jax.Array, *, scale: str = "group", eps: float = 1
     """
     _check_group(rewards)
     check_choice("scale", scale, SCALES)
-    check_range(0.0, jnp.inf, eps=eps)
+    check_positive(eps=eps)
     rewards = rewards.astype(jnp.float32)
     centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
     if scale != "none":

@@ -35,7 +35,7 @@ EXTRAS: dict[str, Extras] = {
     "dno": scores,
     "gpo": scores,
     "kto": lambda rng, batch, tokens: {"desirable": np.arange(batch) % 2 == 0, "kl": np.float32(0.7)},
-    "mappo": scores,
+    **dict.fromkeys(("mappo", "mappo_cpo", "mappo_ipo", "mappo_simpo"), scores),
     "metaapo": probability("weight"),
     "metaapo_weights": probability("weight"),
     "mmpo": scores,

@@ -94,10 +94,12 @@ def test_masked_positions_have_no_influence():
 
 
 @pytest.mark.parametrize("target", [-1, 11])
-def test_a_counted_target_outside_the_vocabulary_is_nan(target):
+def test_a_counted_target_outside_the_vocabulary_is_an_error_or_nan(target):
     logits, targets, mask = draw(4)
     targets[0, 0], mask[0, 0] = target, 1.0
-    assert np.isnan(objectives.cross_entropy(logits, targets, mask).loss_sum)
+    with pytest.raises(ValueError, match=rf"targets\[0, 0\] = {target} is outside the vocabulary, \[0, 11\)"):
+        objectives.cross_entropy(logits, targets, mask)
+    assert np.isnan(jax.jit(objectives.cross_entropy)(logits, targets, mask).loss_sum)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

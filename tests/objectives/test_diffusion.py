@@ -92,6 +92,31 @@ def test_of_a_model_that_knows_nothing(schedule, power):
     np.testing.assert_allclose(output.loss_sum / output.weight, np.log(5), rtol=0.1)
 
 
+@pytest.mark.parametrize(("schedule", "power"), SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 3, 200])
+def test_discrete_steps(schedule, power, steps):
+    """Equal logits: over all steps the bound is log Z exactly; weights tend to those of continuous time; one step is
+    the cross entropy of all tokens; drawn times are steps, each as often."""
+    options = {"schedule": schedule, "power": power}
+    times = (jnp.arange(steps) + 1.0) / steps
+    weights = np.float64(diffusion.bound_weight(times, steps=steps, **options))
+    masked = 1 - np.float64(diffusion.clean_probability(times, **options))
+    np.testing.assert_allclose(np.mean(weights * masked), 1.0, rtol=1e-5)
+    if steps == 1:
+        np.testing.assert_allclose(weights, 1.0, rtol=1e-6)
+    if steps == 200:
+        middle = slice(60, 180)
+        want = diffusion.bound_weight(times, **options)
+        np.testing.assert_allclose(weights[middle], want[middle], rtol=0.02, atol=0.02)
+    drawn = np.asarray(diffusion.draw_times(jax.random.key(0), 4 * steps, steps=steps)) * steps
+    np.testing.assert_allclose(drawn, np.round(drawn), atol=1e-3)
+    assert set(np.round(drawn).astype(int)) == set(range(1, steps + 1))
+    logits, targets, hidden, _, valid = draw()
+    given = (jnp.asarray(targets), hidden, jnp.full(4, times[-1]), valid)
+    output = objectives.create("masked_diffusion", steps=steps, **options)(jnp.asarray(logits), *given)
+    np.testing.assert_allclose(output.loss_sum, weights[-1] * output.metrics["nll"], rtol=1e-5)
+
+
 def test_refusals():
     logits, targets, masked, times, _ = draw()
     with pytest.raises(ValueError, match="schedule='cosin' is not supported"):
@@ -100,5 +125,7 @@ def test_refusals():
         diffusion.masked_diffusion(jnp.asarray(logits), targets, masked, times, mask_token=7)
     with pytest.raises(ValueError, match=r"times must have shape \(4,\), got \(3,\)"):
         diffusion.masked_diffusion(jnp.asarray(logits), targets, masked, times[:3])
+    with pytest.raises(ValueError, match=r"steps must be in \[1, inf\], got 0"):
+        diffusion.masked_diffusion(jnp.asarray(logits), targets, masked, times, steps=0)
     with pytest.raises(ValueError, match="power must be above 0, got 0"):
         diffusion.clean_probability(jnp.asarray(times), schedule="polynomial", power=0)

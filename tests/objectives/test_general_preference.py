@@ -97,3 +97,39 @@ def test_refusals():
         objectives.general_preference(normal(4, 6), normal(3, 6))
     with pytest.raises(ValueError, match="temperature must be above 0"):
         objectives.general_preference(normal(4, 6), normal(4, 6), temperature=0.0)
+
+
+def pair_preference(option_logits, swapped_logits, label=None):
+    p = torch.ones(len(option_logits)).double() if label is None else label.detach()
+    total = 0.0
+    for logits, first in ((option_logits, p), (swapped_logits, 1 - p)):
+        total = total + F.cross_entropy(logits, torch.stack([first, 1 - first], dim=1), reduction="none")
+    return total / 2
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_pair_preference_is_its_definition(labelled):
+    given = {"option_logits": 2 * normal(5, 2), "swapped_logits": 2 * normal(5, 2)}
+    given |= {"label": RNG.random(5).astype(np.float32)} if labelled else {}
+    check(objectives.pair_preference, pair_preference, given)
+
+
+def test_pair_preference_has_no_favourite_place():
+    """A judge that always says A is undecided; swapping the responses and the labels changes nothing."""
+    always = np.tile(np.float32([4.0, 0.0]), (2, 1))
+    output = objectives.pair_preference(always, always, mask=np.array([1, 0]))
+    assert {k: round(float(v), 6) for k, v in output.metrics.items()} == {
+        "probability": 0.5,
+        "accuracy": 0.0,
+        "agreement": 0.0,
+    }
+    a, b, p = normal(6, 2), normal(6, 2), RNG.random(6).astype(np.float32)
+    there, back = objectives.pair_preference(a, b, p), objectives.pair_preference(b, a, 1 - p)
+    np.testing.assert_allclose(there.loss_sum, back.loss_sum, rtol=1e-6)
+    np.testing.assert_allclose(there.metrics["probability"], 6 - back.metrics["probability"], rtol=1e-6)
+    far = objectives.pair_preference(1e4 * a, -1e4 * a)
+    assert np.isfinite(far.loss_sum)
+    with pytest.raises(ValueError, match=r"swapped_logits must have shape \(6, 2\), got \(5, 2\)"):
+        objectives.pair_preference(a, b[:5])
+    with pytest.raises(ValueError, match=r"label must be in \[0.0, 1.0\] everywhere, got 2.0 at index 0"):
+        objectives.pair_preference(a, b, np.full(6, 2.0))

@@ -44,6 +44,11 @@ def free(name, **options):
     return lambda pairs: objectives.create(name, **options)(**policy_of(pairs)).loss_sum
 
 
+def one_token_each(pairs):
+    """Means over tokens that are the sums, with the gradients of them."""
+    return {name: x.replace(mean=x.sum, count=jnp.ones_like(x.count)) for name, x in pairs.items()}
+
+
 def one_token(pairs):
     return {name: log_probs(x.sum) for name, x in pairs.items()}
 
@@ -62,6 +67,10 @@ IDENTITIES = {
     "simpo is length-normalised": (
         free("simpo", beta=0.4, gamma=0.0),
         lambda pairs: of("dpo", beta=0.4, length_normalised=True)(zeros(pairs)),
+    ),
+    "simpo of sums is dpo without reference": (
+        lambda pairs: free("simpo", beta=0.4, gamma=0.0)(one_token_each(pairs)),
+        lambda pairs: of("dpo", beta=0.4)(zeros(one_token_each(pairs))),
     ),
     "AlphaPO at 0 is simpo": (free("simpo", alpha=1e-6), free("simpo")),
     "tpo of the chosen is cpo": (

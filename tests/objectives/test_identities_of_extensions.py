@@ -78,9 +78,9 @@ def test_is_dpo(name):
 
 def test_every_objective_of_four_statistics_and_a_log_ratio_is_here():
     """New members of the family join this table or the list of those with another value at 0."""
-    others = {"todo", "gpo", "reward_distillation", "metaapo_weights"}
+    others = {"todo", "gpo", "reward_distillation", "metaapo_weights", "mappo_ipo", "mappo_cpo", "mappo_simpo"}
     mine = {name.split(" ")[0] for name in IS_DPO} | others
-    modules = ("margins", "mixing", "relative", "self_play", "soft_labels", "token_level")
+    modules = ("calibrated", "margins", "mixing", "relative", "self_play", "soft_labels", "token_level")
     registered = {
         name
         for name in objectives.list_objectives("preference")

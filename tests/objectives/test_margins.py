@@ -23,12 +23,6 @@ def dpo_shift(*, beta, shift, **four):
     return -F.logsigmoid(beta * (h_w - shift * h_l))
 
 
-def mappo(score_chosen, score_rejected, *, beta, **four):
-    h_w, h_l = ratios(**four)
-    gap = torch.clip(score_chosen - score_rejected, 0, 1).detach()
-    return -F.logsigmoid(beta * h_w - gap * beta * h_l)
-
-
 def todo(tie, *, beta, tie_width, **four):
     h_w, h_l = ratios(**four)
     d = beta * (h_w - h_l)
@@ -53,10 +47,6 @@ def phantom(policy_chosen, policy_rejected, *, beta, margin, nll_weight):
     return -nll_weight * m_w - F.logsigmoid(beta * (m_w - m_l) - margin)
 
 
-def scores(size=5):
-    return RNG.random(size).astype(np.float32)
-
-
 def other(*names):
     more = draw(seed=8)
     return {name: more[kind] for name, kind in zip(names, ("policy_chosen", "ref_chosen"), strict=True)}
@@ -64,7 +54,6 @@ def other(*names):
 
 CASES = {
     "dpo_shift": (dpo_shift, {}, {"beta": 0.3, "shift": 0.7}),
-    "mappo": (mappo, {"score_chosen": scores() + 0.1, "score_rejected": scores()}, {"beta": 0.3}),
     "todo": (todo, {"tie": np.array([True, False, True, False, False])}, {"beta": 0.3, "tie_width": 0.7}),
     "selm": (selm, other("policy_sampled", "ref_sampled"), {"beta": 0.3, "optimism": 0.2}),
     "wrpo": (wrpo, other("policy_target", "ref_target"), {"beta": 0.3, "source_weight": 0.3}),
@@ -95,15 +84,6 @@ def test_outcomes_sum_to_one(width):
     np.testing.assert_allclose(log_p, outcome_log_probabilities(-x, width)[:, ::-1], rtol=1e-6)
 
 
-def test_score_gap_is_clipped():
-    pairs, one = draw(), np.ones(5, np.float32)
-    assert (
-        objectives.mappo(**pairs, score_chosen=3 * one, score_rejected=one).loss_sum == objectives.dpo(**pairs).loss_sum
-    )
-    worse = objectives.mappo(**pairs, score_chosen=one, score_rejected=3 * one)
-    np.testing.assert_array_equal(worse.metrics["score_gap"], 0.0)
-
-
 def test_refusals():
     pairs, one = draw(), np.ones(5, np.float32)
     for name, options, message in [
@@ -111,7 +91,7 @@ def test_refusals():
         ("dpo_shift", {"shift": 0.0}, "shift must be above 0"),
         ("todo", {"tie": one > 0, "tie_width": 0.0}, "tie_width must be above 0, got 0.0"),
         ("todo", {"tie": one[:3] > 0}, r"tie must have shape \(5,\), got \(3,\)"),
-        ("mappo", {"score_chosen": one, "score_rejected": 1.0}, "score_rejected must have shape"),
+        ("todo", {"tie": 2 * one}, "tie must be 0 or 1 everywhere, got 2.0 at index 0"),
         ("selm", other("policy_sampled", "ref_sampled") | {"optimism": -1.0}, "optimism must be in"),
         (
             "wrpo",

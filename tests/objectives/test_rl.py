@@ -235,5 +235,7 @@ def test_refusals():
         objectives.ppo(own, jnp.asarray(old), clip=1.5)
     with pytest.raises(ValueError, match="at least 2 responses each"):
         rl.group_advantages(jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match=r"eps must be above 0, got 0\.0"):
+        rl.group_advantages(jnp.ones((3, 2)), eps=0.0)  # 0 / 0 of equal rewards
     with pytest.raises(ValueError, match="estimator='k4'"):
         rl.kl_estimate(jnp.ones(2), jnp.ones(2), "k4")

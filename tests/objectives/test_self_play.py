@@ -69,6 +69,8 @@ def test_fictitious_opponent_of_one_is_that_one():
 
 
 def test_ema_update():
+    with pytest.raises(ValueError, match=r"decay must be in \[0.0, 1.0\], got 1.5"):
+        objectives.ema_update({}, {}, decay=1.5)
     old = {"a": jnp.float32([1.0, 2.0]), "b": jnp.bfloat16(4.0)}
     new = {"a": jnp.float32([3.0, -2.0]), "b": jnp.bfloat16(8.0)}
     ours = objectives.ema_update(old, new, decay=0.75)

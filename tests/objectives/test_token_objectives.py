@@ -83,6 +83,20 @@ CASES = {
     ),
     "melle": (melle, {}),
     "logit_distillation": (lambda s, c: language(s, c, "loss_mask", teacher_logits=teacher), {"beta": 0.3}),
+    "top_k_distillation": (
+        lambda s, c: (
+            lambda d, kept: (
+                {
+                    "logits": d[3](CLASSES),
+                    "teacher_tokens": np.argsort(kept, axis=-1)[..., :3],
+                    "teacher_logps": np.log(np.sort(kept, axis=-1)[..., :3]),
+                    "loss_mask": d[2],
+                },
+                d[2],
+            )
+        )(draw(s, c), np.random.default_rng(s).dirichlet(np.ones(CLASSES), (BATCH, TOKENS)).astype(np.float32)),
+        {},
+    ),
     "function_matching": (
         lambda s, c: (lambda d: ({"logits": d[3](CLASSES), "teacher_logits": d[3](CLASSES), "valid": d[2]}, d[2]))(
             draw(s, c)
@@ -199,6 +213,7 @@ def test_gradient_is_that_of_finite_differences(name):
     """Along a random direction, central differences of the float64 loss; arguments without a gradient stand still."""
     arguments, _ = CASES[name][0](4, 1.0)
     frozen = {"teacher_logits", "teacher_features", "ref_logits", "original_features", "ref_nll", "weights", "quality"}
+    frozen |= {"teacher_logps"}
     if name == "vector_regression":
         frozen |= {"targets"}
     moved = "logits" if "logits" in arguments else "features" if "features" in arguments else None

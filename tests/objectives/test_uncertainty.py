@@ -178,6 +178,8 @@ def test_refusals():
         (lambda: objectives.uncertainty_tuning(**QUERY, logits=normal(3, 4, 7)), "go together"),
         (lambda: objectives.calibration_bins(np.zeros(3), np.zeros(2)), "correct must have shape"),
         (lambda: objectives.calibration_bins(np.zeros(3), np.zeros(3), bins=0), "bins must be 1 at least"),
+        (lambda: objectives.calibration_bins(np.full(3, 80), np.zeros(3)), r"confidence must be in \[0.0, 1.0\] every"),
+        (lambda: objectives.calibration_bins(np.zeros(3), np.full(3, 2)), "correct must be 0 or 1 everywhere, got 2"),
         (lambda: objectives.epistemic_covariance(np.zeros(3), np.zeros((3, 2))), "second must have shape"),
         (
             lambda: objectives.compression_distance(normal(2, 3), normal(2, 4), np.zeros(2)),

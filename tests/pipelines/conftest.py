@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from pipelines import prepare
@@ -18,3 +20,13 @@ def byte_data(workdir):
 @pytest.fixture(scope="session")
 def bpe_data(workdir):
     return prepare(STDLIB, {"name": "bpe", "vocab_size": 600}, workdir)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def write(*records):
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+        return str(path)
+
+    return write

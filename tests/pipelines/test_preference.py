@@ -17,16 +17,6 @@ BYTES = {"name": "bytes"}
 ROWS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
 
-@pytest.fixture
-def jsonl(tmp_path):
-    def write(*records):
-        path = tmp_path / "a.jsonl"
-        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-        return str(path)
-
-    return write
-
-
 def read(name, path, **options):
     source = make_response_source({"name": name, "paths": path, "heldout_fraction": 0.0, **options})
     return source, list(source.examples())
@@ -126,6 +116,8 @@ def test_unpacking(jsonl, options, expected, skipped):
         assert (better, worse) in itertools.product(SCORED["scores"], repeat=2)
 
 
+GOAL = "Aim at {score}."
+
 BAD = [
     ("sft", {"prompt": "p"}, "missing field", "no 'response'; the line has ..prompt"),
     ("sft", {"response": "p"}, "missing field", "no 'prompt'"),
@@ -193,7 +185,17 @@ def test_a_bad_record_is_an_error_with_its_place_or_a_counted_skip(jsonl, name, 
         ({"name": "ranked", "paths": "a", "unpack": "list"}, "unpack='list' is not supported; did you mean .*lists"),
         ({"name": "ranked", "paths": "a", "gap": -1.0}, "gap=-1.0 must be a finite number of at least 0"),
         ({"name": "ranked", "paths": "a", "gap": float("nan")}, "gap=nan"),
-        ({"name": "ranked", "paths": "a", "unpack": "lists", "gap": 0.5}, "gap and ties are options of pairs"),
+        ({"name": "ranked", "paths": "a", "unpack": "lists", "gap": 0.5}, "gap, ties and goal are options of pairs"),
+        ({"name": "pairs", "paths": "a", "cross_prompts": 15}, "cross_prompts=15 must be a number from 0 to 14"),
+        ({"name": "sft", "paths": "a", "cross_prompts": 1}, "cross_prompts is an option of kind 'pairs', not of 'sft'"),
+        ({"name": "ranked", "paths": "a", "stage": -1}, "stage=-1 must be 0, for all pairs, or the number of a stage"),
+        ({"name": "ranked", "paths": "a", "stage": 2}, "stage=2 goes with unpack='best_vs_rest', not with 'best_vs_wo"),
+        ({"name": "pairs", "paths": "a", "goal": GOAL}, "goal is an option of kind 'ranked', not of 'pairs'"),
+        ({"name": "ranked", "paths": "a", "goal": "{skore}"}, "must be a text that says where the score goes, by '{sc"),
+        ({"name": "ranked", "paths": "a", "goal": GOAL, "ties": True}, "leave out ties or goal"),
+        ({"name": "ranked", "paths": "a", "goal": GOAL, "unpack": "lists"}, "gap, ties and goal are options of pairs"),
+        ({"name": "pairs", "paths": "a", "attributes": ["x"]}, "attributes is an option of kind 'sft'"),
+        ({"name": "sft", "paths": "a", "attributes": [3]}, "must be names of numbers"),
         ({"paths": "a"}, "needs a 'name', for example {'name': 'sft'}"),
     ],
 )
