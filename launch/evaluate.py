@@ -38,7 +38,8 @@ def evaluate(run: Run, params: Any, batches: int = 0) -> dict[str, float]:
         pending = None
         for index, batch in enumerate(itertools.islice(iterator, batches or None)):
             batch = run.prepare(batch, params, VALIDATION_STEP + index, "validation")
-            sums = run.eval_step(params, run.place(batch), key, run.teacher)
+            # What an objective draws (times, masks) is of the seed and the batch: the same in every evaluation.
+            sums = run.eval_step(params, run.place(batch), jax.random.fold_in(key, index), run.teacher)
             _add(totals, pending)  # one batch late: the devices always have the next one to work on
             pending = sums
         _add(totals, pending)
