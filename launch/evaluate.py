@@ -64,7 +64,7 @@ def describe(run: Run, result: dict[str, float]) -> str:
 def compare(run: Run, result: dict[str, float]) -> dict[str, float]:
     """The data's first metric, of the model and of the baselines, also on the screen."""
     metric = run.metrics[0]
-    table = {run.config["model"]["name"]: result[metric], **data_lib.baselines(run.data)}
+    table = {run.config["model"]["name"]: result[metric], **data_lib.baselines(run.data, run.config)}
     if jax.process_index() == 0:
         print_table(f"held-out {run.data.unit}", table, metric.replace("_", " "))
     return table
