@@ -12,6 +12,7 @@ from launch.config import options, to_dict
 from zoo.core.registry import nearest
 
 Data = pipelines.TextDataset | pipelines.TaskDataset | pipelines.ResponseDataset
+ROW = ("tokens", "targets", "segment_ids", "positions")  # of every batch, int32, beside loss_mask
 NO_TOKENIZER = "none"  # the name of data.tokenizer where the source is a task
 
 
@@ -136,6 +137,48 @@ def evaluation_batches(data: Data, config: Any) -> grain.DatasetIterator:
     return pipelines.evaluation_iterator(
         data.validation, length=config["sequence_length"], byte_lengths=data.tokenizer.byte_lengths, **common
     )
+
+
+def batch_shapes(config: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of the arrays of a training batch as the step takes it, of a resolved config, without the data.
+
+    Raises:
+      ValueError: lists of responses, whose number the data tell.
+    """
+    shapes = _source_shapes(config, to_dict(config["data"]["source"]))
+    forget = to_dict(config["data"].get("forget", {"name": unlearning.NONE}))
+    if forget["name"] != unlearning.NONE:
+        of_forget = _source_shapes(config, forget)
+        shapes |= {unlearning.PREFIX + key: value for key, value in of_forget.items()}
+    return shapes
+
+
+def _source_shapes(config: Any, named: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    batch, length = config["batch_size"], config["sequence_length"]
+    if named["name"] not in pipelines.RESPONSE_SOURCES.names():
+        return {**dict.fromkeys(ROW, ((batch, length), "int32")), "loss_mask": ((batch, length), "float32")}
+    source, rollout = pipelines.make_response_source(named), config["rollout"]
+    if source.batches == "ranked":
+        raise ValueError("source: how many responses a list has is known from the data alone; unpack them into pairs")
+    responses = {"sft": 1, "pairs": 2, "unpaired": 1 + source.mismatched}[source.batches]
+    responses = {"policy": rollout["samples"], "teacher": 2}.get(rollout["name"], responses)
+    rows = (batch, length) if source.pack else (batch, responses, length)
+    shapes = {**dict.fromkeys(ROW, (rows, "int32")), "loss_mask": (rows, "float32")}
+    if rollout["name"] == "policy":
+        return (
+            shapes | dict.fromkeys(("rewards", "advantages"), (rows[:2], "float32")) | {"old_logps": (rows, "float32")}
+        )
+    of_one, of_each = ((batch,), "float32"), (rows, "float32")
+    further = {
+        "prompt_mask": (source.loss == "all", of_each),
+        "quality": (source.quality, (rows, "float32") if source.pack else of_one),
+        "index": (not source.pack, ((batch,), "int32")),
+        "label": (source.batches == "unpaired", of_one),
+        "scores": (source.kind == "ranked", ((batch, responses), "float32")),
+        "tie": (source.ties, of_one),
+        "ref_logps": (config["teacher"].get("precompute", False) and losses.reads_teacher(config), of_each),
+    }
+    return shapes | {name: value for name, (there, value) in further.items() if there}
 
 
 def ordered_batches(data: Data, config: Any, split: str) -> grain.DatasetIterator:

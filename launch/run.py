@@ -217,15 +217,19 @@ def _rollout(plain: dict[str, Any], program: Program, data: data_lib.Data) -> Ro
     return Rollout(model, data, end_id, plain["rollout"], plain["seed"], plain["implementation"])
 
 
-def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules, like: dict[str, Any] | None = None) -> Program:
+def assemble(
+    plain: dict[str, Any], mesh: Mesh, rules: Rules, *, like: dict[str, Any] | None = None, concrete: bool = True
+) -> Program:
     """The functions of a resolved config on a mesh; but for a teacher, nothing is compiled or allocated yet.
 
     Args:
       plain: resolved config.
       mesh, rules: how arrays are split.
       like: resolved config whose objective has the parameters beside the model's; None = `plain`.
+      concrete: False to have the teacher's parameters as shapes alone, for a mesh of devices that are not there; of
+        other runs nothing but their config is then read.
     """
-    restore = functools.partial(_restore, mesh=mesh, rules=rules)
+    restore = functools.partial(_restore, mesh=mesh, rules=rules) if concrete else _described
     initial = functools.cache(functools.partial(start.read, plain, "initial", restore))
     model = _model(plain, initial)
     with config_lib.at("adapter"):
@@ -239,7 +243,7 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules, like: dict[str, An
         jax.eval_shape(optimizer.init, abstract(trained))  # what it refuses is the optimiser's fault, not the mesh's
     ema = plain["ema_decay"] > 0
     losses = losses_lib.make(plain, model, initial, restore)
-    source = losses.source
+    source, place = losses.source, jax.device_put if concrete else _laid_out
     options = {"seed": plain["seed"], "ema": ema, "trainable": trainable}
     fresh = functools.partial(step_lib.init_state, specs, optimizer, **options)
     with config_lib.at("mesh and config.rules"):
@@ -280,9 +284,7 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules, like: dict[str, An
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), jax.eval_shape(fresh), shardings
         ),
         init=init if plain["initial"]["name"] == start.NONE["initial"] else init_from_source,
-        teacher=None
-        if source is None
-        else jax.device_put(source[1], sharding.shardings(source[0].param_specs(), mesh, rules)),
+        teacher=None if source is None else place(source[1], sharding.shardings(source[0].param_specs(), mesh, rules)),
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         teacher_model=None if source is None else source[0],
         evaluation_params=evaluation_params,
@@ -309,6 +311,17 @@ def _restore(config: dict[str, Any], workdir: pathlib.Path, *, mesh: Mesh, rules
     checkpoints.close()
     params = program.evaluation_params(state)
     return program.model, lora.merge({key: leaf for key, leaf in params.items() if key != losses_lib.BESIDE})
+
+
+def _described(config: dict[str, Any], _: pathlib.Path) -> start.Source:
+    """Model and abstract parameters of another run, from its config alone."""
+    model = _model(config)
+    return model, abstract(model.param_specs())
+
+
+def _laid_out(params: Tree, shardings: Tree) -> Tree:
+    """Parameters as shapes with their shardings."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), params, shardings)
 
 
 def _from_initial(config: dict[str, Any]) -> bool:

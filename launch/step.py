@@ -205,7 +205,8 @@ def make_train_step(
         weight = jnp.where(output.weight > 0, output.weight, 1.0)  # a batch of padding changes nothing but decay
         grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, trained)
         grad_norm = optax.tree_utils.tree_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        update = optax.with_extra_args_support(optimizer).update  # for those that read the number of tokens
+        updates, opt_state = update(grads, state.opt_state, trained, num_tokens=output.weight)
         params = whole(optax.apply_updates(trained, updates))
         param_norm = optax.tree_utils.tree_norm(params)
         mean = output.loss_sum / weight

@@ -167,7 +167,7 @@ def learned_diffusion_loss(
     classes = np.delete(np.arange(model.config.vocab_size), mask_token)
 
     def loss(params: Tree, batch: Batch, key: jax.Array, *_: Tree) -> LossOutput:
-        of_times, *of_copies = jax.random.split(key, 3)
+        of_times, one, other = jax.random.split(key, 3)
         rows = as_rows(batch)
         tokens, valid = rows["targets"], rows["loss_mask"] != 0
         times = diffusion.draw_times(of_times, tokens.shape[0])
@@ -175,8 +175,8 @@ def learned_diffusion_loss(
         # Classes are counted without the mask token, which is none that could be predicted.
         labels = jnp.where(tokens == mask_token, -1, tokens - (tokens > mask_token))
         copies = []
-        for each in of_copies:
-            _, masked = learned_diffusion.mask_tokens_by_class(each, labels, times, mask_token, powers, valid)
+        for of_masks in (one, other):
+            _, masked = learned_diffusion.mask_tokens_by_class(of_masks, labels, times, mask_token, powers, valid)
             noisy = {**rows, "tokens": jnp.where(masked, mask_token, tokens)}
             copies.append((forward(model, params, noisy, implementation).logits[..., classes], masked))
         (logits, masked), (logits_again, masked_again) = copies

@@ -48,7 +48,8 @@ def get_config() -> Any:
         "reward": "exact_match",
         "advantages": "group",
     }
-    # name: any of `python -m objectives.catalog --category optimizer`, whose options stand beside it.
+    # name: any of `python -m objectives.catalog --category optimizer`, whose options stand beside it. reference_tokens,
+    # where it is set: a step with T tokens that count has the learning rate times sqrt(T / reference_tokens).
     config.optimizer = {
         "name": "adamw",
         "learning_rate": 1e-3,

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from launch import compile as compile_lib
+from launch import data as data_lib
 from launch import train
 from launch.config import ConfigError
 from launch.configs import grpo, kto, masked_diffusion, preference, responses, reward, rho1, sft, spin
@@ -95,6 +95,7 @@ def test_rewards_groups_and_masks_of_what_is_drawn(tuned, tmp_path):
     batch = {key: value.copy() for key, value in batch.items()}
     batch["loss_mask"][-1] = 0  # a row of padding
     drawn = run.prepare(batch, run.init().params, 0)
+    assert {key: (value.shape, str(value.dtype)) for key, value in drawn.items()} == data_lib.batch_shapes(run.config)
     tokenizer = run.data.tokenizer
     for row, k in itertools.product(range(7), range(4)):
         example = run.data.examples("train")[int(batch["index"][row])]
@@ -123,8 +124,6 @@ def test_what_the_data_do_not_give_is_refused(tuned, tmp_path):
     config.data.source.pack = True
     with pytest.raises(ConfigError, match="not packed"):
         train.run(config, tmp_path / "packed")
-    with pytest.raises(ConfigError, match="does not serve objectives of responses"):
-        compile_lib.run(tiny(preference.get_config(), 1, tuned), tmp_path / "compiled")
     config = tiny(responses.get_config("sft"), 1)
     config.teacher.precompute = True
     with pytest.raises(ConfigError, match="precompute"):

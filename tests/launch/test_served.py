@@ -10,9 +10,10 @@ import pytest
 
 import objectives
 from launch import losses, step
+from launch import optimizer as optimizer_lib
 from launch.config import ConfigError
 from launch.text_losses import BESIDE, MASK_TOKEN
-from objectives import diffusion, learned_diffusion
+from objectives import LossOutput, diffusion, learned_diffusion
 from objectives.language_model import hide_tokens
 from objectives.registry import OBJECTIVES
 from objectives.statistics import collect_logps
@@ -20,6 +21,7 @@ from tests.launch.test_alignment import REFERENCE_SEED, config_of, draw, paramet
 from tests.launch.test_step import draw_batch, model
 from tests.trees import FLOAT32_TOLERANCE, assert_close, redraw
 from zoo.core.context import SeqContext
+from zoo.core.params import Spec
 
 KEY = jax.random.key(3)
 
@@ -111,8 +113,8 @@ def test_learnt_powers_are_of_all_classes_but_the_mask_token():
     order = np.delete(np.arange(64), MASK_TOKEN)
     copies = []
     for key in of_copies:
-        _, masked = learned_diffusion.mask_tokens_by_class(key, labels, times, MASK_TOKEN, powers, valid)
-        tokens = np.where(masked, MASK_TOKEN, batch["targets"])
+        _, masked = learned_diffusion.mask_tokens_by_class(key, jnp.asarray(labels), times, MASK_TOKEN, powers, valid)
+        tokens = jnp.where(masked, MASK_TOKEN, batch["targets"])
         copies.append((logits_of(parameters(1), batch, tokens)[..., order], masked))
     (a, m), (b, n) = copies
     params = {**parameters(1), BESIDE: {"power": raw}}
@@ -263,9 +265,10 @@ def test_every_objective_is_served_or_refused_by_name():
 def test_parameters_beside_the_models_are_trained_with_them():
     config = config_of(objective={"name": "multi_token_prediction", "heads": 2})
     specs = {**model().param_specs(), **losses.beside(config, model())}
+    rate = jnp.asarray(1e-2)
     optimizer = optax.adam(1e-2)
     loss = served("multi_token_prediction", heads=2)
-    train_step = jax.jit(step.make_train_step(loss, optimizer, lambda _: 1e-2))
+    train_step = jax.jit(step.make_train_step(loss, optimizer, lambda _: rate))
     state = step.init_state(specs, optimizer, seed=0, ema=False)
     found = []
     for _ in range(8):
@@ -273,3 +276,27 @@ def test_parameters_beside_the_models_are_trained_with_them():
         found.append(float(metrics["nll_2"]))
     assert found[-1] < 0.9 * found[0]
     assert np.any(state.params[BESIDE]["heads"])
+
+
+def test_a_rate_follows_the_number_of_tokens():
+    """With SGD the update is the gradient times the rate, and the gradient that of a loss per token."""
+    updates = {}
+    for reference in (0, 16):
+        config = {"name": "sgd", "learning_rate": 0.5, "clip_norm": 0.0, "reference_tokens": reference,
+                  "schedule": {"name": "constant", "steps": 5}}  # fmt: skip
+        optimizer, schedule = optimizer_lib.make(config, {"w": Spec((3,), ("embed",))})
+
+        def loss(params, batch, key):
+            del key
+            return LossOutput(jnp.sum(batch["x"] * params["w"]), jnp.sum(batch["mask"]))
+
+        state = step.init_state({"w": Spec((3,), ("embed",))}, optimizer, seed=0, ema=False)
+        batch = {"x": np.arange(12.0).reshape(4, 3), "mask": np.ones((4, 16))}
+        new, _ = jax.jit(step.make_train_step(loss, optimizer, schedule, accumulation=2))(state, batch)
+        updates[reference] = np.asarray(new.params["w"])
+    assert_close(updates[16], 2 * updates[0], FLOAT32_TOLERANCE)
+    assert_close(updates[0], -0.5 * np.arange(12.0).reshape(4, 3).sum(0) / 64, FLOAT32_TOLERANCE)
+    for name, value, message in (("sgd", -1, "above 0"), ("schedule_free_sgd", 8, "averages what it steps through")):
+        config = {"name": name, "learning_rate": 0.5, "reference_tokens": value, "schedule": config["schedule"]}
+        with pytest.raises(ValueError, match=message):
+            optimizer_lib.make(config, {"w": Spec((3,), ("embed",))})

@@ -92,7 +92,7 @@ def test_a_run_forgets_and_retains(texts, tmp_path):
     assert retained[-1] < retained[0] + 0.5
     assert json.loads((tmp_path / "npo/summary.json").read_text())["bits_per_byte"] > 0
     evaluate.run(config, tmp_path / "npo")
-    config.data.forget.heldout_fraction = 0.1
+    config.data.forget["heldout_fraction"] = 0.1
     with pytest.raises(ConfigError, match="differing keys"):
         train.run(config, tmp_path / "npo")
 
