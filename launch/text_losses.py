@@ -176,7 +176,7 @@ def learned_diffusion_loss(
         labels = jnp.where(tokens == mask_token, -1, tokens - (tokens > mask_token))
         copies = []
         for of_masks in (one, other):
-            _, masked = learned_diffusion.mask_tokens_by_class(of_masks, labels, times, mask_token, powers, valid)
+            masked = learned_diffusion.mask_tokens_by_class(of_masks, labels, times, mask_token, powers, valid)[1]
             noisy = {**rows, "tokens": jnp.where(masked, mask_token, tokens)}
             copies.append((forward(model, params, noisy, implementation).logits[..., classes], masked))
         (logits, masked), (logits_again, masked_again) = copies

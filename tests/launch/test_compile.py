@@ -107,7 +107,7 @@ def test_a_step_of_pairs_and_their_reference_compiles(tmp_path):
     ],
 )
 def test_steps_of_other_responses_compile(recipe, changes, copies, tmp_path):
-    main.dispatch(of_responses(recipe, tmp_path / "run", **changes), tmp_path)
+    main.dispatch(of_responses(recipe, tmp_path / "run", batch_size=2, **changes), tmp_path)
     report = json.loads((tmp_path / "compile.json").read_text())
     assert 4 * copies * report["parameters"] < report["bytes_per_device"]["arguments"]
     assert report["bytes_per_device"]["arguments"] < (4 * copies + 4) * report["parameters"]

@@ -9,7 +9,7 @@ import pytest
 from launch import data as data_lib
 from launch import train
 from launch.config import ConfigError
-from launch.configs import grpo, kto, masked_diffusion, preference, responses, reward, rho1, sft, spin
+from launch.configs import grpo, kto, masked_diffusion, preference, responses, reward, rho1, sft, spin, unlearning
 from launch.metrics import read_csv
 from launch.run import build
 
@@ -165,6 +165,6 @@ def test_masked_diffusion_learns_and_is_not_sampled(texts, tmp_path):
 
 
 def test_every_recipe_is_a_config():
-    for config in (kto, reward, sft, grpo, preference, masked_diffusion, spin, rho1):
+    for config in (kto, reward, sft, grpo, preference, masked_diffusion, spin, rho1, unlearning):
         assert "python launch/main.py --config=launch/configs/" in config.__doc__
         config.get_config()
