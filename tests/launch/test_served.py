@@ -51,6 +51,21 @@ def served(name, plain=None, **options):
     return jax.jit(kind.build(losses.Parts(name, objective, given, config, model(), model())))
 
 
+def with_gradient(name, **options):
+    """(parameters, batch) -> the output and the gradient of its loss, compiled as one."""
+    loss = served(name, **options)
+
+    def both(params, batch):
+        def one(params):
+            output = loss(params, batch, KEY)
+            return output.loss_sum, output
+
+        gradient, output = jax.grad(one, has_aux=True)(params)
+        return output, gradient
+
+    return jax.jit(both)
+
+
 def same(got, want, tolerance=FLOAT32_TOLERANCE):
     assert_close(got.loss_sum, want.loss_sum, tolerance)
     assert_close(got.weight, want.weight, tolerance)
@@ -117,15 +132,11 @@ def test_learnt_powers_are_of_all_classes_but_the_mask_token():
         tokens = jnp.where(masked, MASK_TOKEN, batch["targets"])
         copies.append((logits_of(parameters(1), batch, tokens)[..., order], masked))
     (a, m), (b, n) = copies
-    params = {**parameters(1), BESIDE: {"power": raw}}
-    loss = served("learned_masked_diffusion")
-    same(
-        loss(params, batch, KEY),
-        objectives.create("learned_masked_diffusion")(a, b, labels, m, n, times, powers, valid),
-    )
-    gradient = jax.grad(lambda p: loss(p, batch, KEY).loss_sum)(params)[BESIDE]["power"]
-    assert np.isfinite(gradient).all()
-    assert np.any(gradient)
+    got, gradient = with_gradient("learned_masked_diffusion")({**parameters(1), BESIDE: {"power": raw}}, batch)
+    objective = objectives.create("learned_masked_diffusion")
+    same(got, objective(a, b, labels, m, n, times, powers, valid))
+    assert np.isfinite(gradient[BESIDE]["power"]).all()
+    assert np.any(gradient[BESIDE]["power"])
 
 
 def test_heads_ahead_are_the_models_own_and_blocks_on_its_hidden_states():
@@ -144,9 +155,8 @@ def test_heads_ahead_are_the_models_own_and_blocks_on_its_hidden_states():
     want = objectives.multi_token_prediction(
         jnp.asarray(np.stack(ahead), jnp.float32), batch["targets"], batch["loss_mask"], documents, weights=(1, 0.5, 2)
     )
-    loss = served("multi_token_prediction", heads=3, weights=(1, 0.5, 2))
-    same(loss(params, batch, KEY), want, 10 * FLOAT32_TOLERANCE)
-    gradient = jax.grad(lambda p: loss(p, batch, KEY).loss_sum)(params)
+    got, gradient = with_gradient("multi_token_prediction", heads=3, weights=(1, 0.5, 2))(params, batch)
+    same(got, want, 10 * FLOAT32_TOLERANCE)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
     for number in (1, True, 2.5):
         with pytest.raises(ConfigError, match="at least 2"):
@@ -262,6 +272,7 @@ def test_every_objective_is_served_or_refused_by_name():
     assert sorted(refused) == ["info_nce", "melle", "rerouting", "rerouting_retain", "retain_kl", "vector_regression"]
 
 
+@pytest.mark.slow
 def test_parameters_beside_the_models_are_trained_with_them():
     config = config_of(objective={"name": "multi_token_prediction", "heads": 2})
     specs = {**model().param_specs(), **losses.beside(config, model())}
