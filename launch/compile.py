@@ -1,7 +1,9 @@
 """mode=compile: the sharded training step compiled ahead of time, for a TPU pod that is not there.
 
 With config.topology ("v5p:8x8x8", ...) libtpu compiles to machine code for those chips on any Linux machine; without it
-the step is compiled for the devices of this one.
+the step is compiled for the devices of this one. Nothing is read of data. Of the run that config.initial or
+config.teacher names, its config is read where the step takes a reference or the model is made from it, and no
+parameters: its folder may hold nothing else.
 """
 
 import collections
@@ -14,13 +16,14 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import rich.console
 import rich.table
 
 from launch import config as config_lib
+from launch import data as data_lib
 from launch import losses as losses_lib
 from launch import mesh as mesh_lib
+from launch import rollout as rollout_lib
 from launch import run as run_lib
 from launch.config import ConfigError
 from pallas_kernels.static_profile import chips
@@ -40,22 +43,29 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """
     config_lib.check(config)
     plain = run_lib.resolve(config, 1)
-    if (kind := losses_lib.category(plain)) in ("preference", "reward", "rl"):
-        raise ConfigError(f"mode=compile knows rows of text: it does not serve objectives of responses ({kind}) yet")
     if config.model.get("vocab_size") is None:
         raise ConfigError("mode=compile reads no data: give config.model.vocab_size")
     devices = topology_devices(config.topology) if config.topology else jax.devices()
     limit = HBM[config.topology.split(":")[0]] if config.topology else None
     with config_lib.at("mesh and config.rules"):
         mesh, rules = mesh_lib.make(plain, devices)
-    program = run_lib.assemble(plain, mesh, rules)
-    shape = plain["batch_size"], plain["sequence_length"]
+    losses_lib.create_objective(plain)
+    with config_lib.at("rollout"):
+        rollout_lib.check(plain, losses_lib.category(plain))
+    with config_lib.at("data"):
+        shapes = data_lib.batch_shapes(plain)
     with config_lib.at("batch_size"):
-        split = mesh_lib.batch_sharding(shape, mesh, rules)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in BATCH.items()}
+        batch = {
+            name: jax.ShapeDtypeStruct(
+                shape, dtype, sharding=mesh_lib.batch_sharding(shape, mesh, rules, plain["sequence_length"])
+            )
+            for name, (shape, dtype) in shapes.items()
+        }
+    program = run_lib.assemble(plain, mesh, rules, concrete=False)
+    teacher = None if "ref_logps" in batch else program.teacher
     start = time.perf_counter()
     with program.active(), tempfile.TemporaryDirectory() as folder:
-        lowered = program.train_step.lower(program.abstract, batch, program.teacher)
+        lowered = program.train_step.lower(program.abstract, batch, teacher)
         try:
             # The text comes from the compiler's own dump: libtpu's module may hold operations that jaxlib cannot print.
             compiled = lowered.compile(
@@ -72,7 +82,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         "topology": config.topology or jax.devices()[0].device_kind,
         "devices": len(devices),
         "mesh": dict(mesh.shape),
-        "batch": shape,
+        "batch": batch["tokens"].shape,
         "compile_seconds": round(time.perf_counter() - start, 1),
         "bytes_per_device": memory(compiled),
         "hbm_bytes": limit,
@@ -82,15 +92,6 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     config_lib.write_json(workdir / "compile.json", report)
     if limit is not None and report["bytes_per_device"]["total"] > limit:
         raise ConfigError(_too_large(plain, f"{report['bytes_per_device']['total']:,} bytes of {limit:,} per device"))
-
-
-BATCH = {
-    "tokens": jnp.int32,
-    "targets": jnp.int32,
-    "loss_mask": jnp.float32,
-    "segment_ids": jnp.int32,
-    "positions": jnp.int32,
-}
 
 
 def topology_devices(name: str) -> list[Any]:
@@ -142,7 +143,7 @@ def _print(report: dict[str, Any]) -> None:
     console = rich.console.Console(width=120)
     mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
     console.print(
-        f"{report['model']}, {report['parameters']:,} parameters, batch {report['batch'][0]} x {report['batch'][1]}, "
+        f"{report['model']}, {report['parameters']:,} parameters, batch {' x '.join(map(str, report['batch']))}, "
         f"on {report['devices']} x {report['topology']} ({mesh}); compiled in {report['compile_seconds']} s"
     )
     table = rich.table.Table("per device", "GiB", "of HBM")

@@ -16,7 +16,7 @@ MODES = ("train", "evaluate", "generate", "compile", "benchmark")
 # Their options belong to what `name` names, and are checked by its registry.
 OPEN = (
     *("model", "initial", "teacher", "adapter", "objective", "optimizer", "optimizer.schedule"),
-    *("data.source", "data.tokenizer", "rules.overrides"),
+    *("data.source", "data.forget", "data.tokenizer", "rules.overrides"),
 )
 # What may differ when a run is resumed: where and how it runs, and what is reported. A longer `steps` needs the
 # schedule's horizon, optimizer.schedule.steps, to stay as it was.
@@ -141,8 +141,8 @@ def check_resume(path: pathlib.Path, config: Mapping[str, Any], fingerprint: str
     """
     saved = json.loads(path.read_text())
     defaults, old, new = (flatten(c) for c in (to_dict(base.get_config()), saved["config"], to_dict(config)))
-    sections = {key.split(".")[0] for key in old}
-    old = {key: value for key, value in defaults.items() if key.split(".")[0] not in sections} | old
+    known = {key[: end.start()] for key in old for end in re.finditer(r"\.|$", key)}  # keys and what holds them
+    old = {key: value for key, value in defaults.items() if (key.rpartition(".")[0] or key) not in known} | old
     old["data fingerprint"], new["data fingerprint"] = saved["data_fingerprint"], fingerprint
     allowed = re.compile("|".join(rf"{re.escape(key)}(\.|$)" for key in MAY_CHANGE))
     differing = [

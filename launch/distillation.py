@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from launch.config import ConfigError
-from launch.step import Batch, Loss
+from launch.step import Batch, Loss, as_rows, forward
+from launch.text_losses import BESIDE
 from objectives import LossOutput, Objective
+from objectives.language_model import cross_entropy
 from zoo.core.context import SeqContext
-from zoo.core.params import Tree
+from zoo.core.params import Spec, Tree
 from zoo.layers import feature_maps
 from zoo.mixers import Attention, Hedgehog, hedgehog
 from zoo.models import Model
@@ -26,10 +28,94 @@ def logit_loss(model: Model, teacher: Model, objective: Objective, implementatio
 
     def loss(params: Tree, batch: Batch, key: jax.Array, teacher_params: Tree) -> LossOutput:
         del key
-        ctx = SeqContext(positions=batch["positions"], segment_ids=batch["segment_ids"])
-        run = functools.partial(Model.apply, tokens=batch["tokens"], ctx=ctx, implementation=implementation)
-        wanted = jax.lax.stop_gradient(run(teacher, params=teacher_params).logits)
-        return objective(run(model, params=params).logits, batch["targets"], batch["loss_mask"], wanted)
+        rows = as_rows(batch)
+        wanted = jax.lax.stop_gradient(forward(teacher, teacher_params, rows, implementation).logits)
+        return objective(
+            forward(model, params, rows, implementation).logits, rows["targets"], rows["loss_mask"], wanted
+        )
+
+    return loss
+
+
+def matching_loss(model: Model, teacher: Model, objective: Objective, implementation: str | None = None) -> Loss:
+    """Both models on the same rows, without their targets: what counts in the loss mask is valid."""
+
+    def loss(params: Tree, batch: Batch, key: jax.Array, teacher_params: Tree) -> LossOutput:
+        del key
+        rows = as_rows(batch)
+        wanted = jax.lax.stop_gradient(forward(teacher, teacher_params, rows, implementation).logits)
+        return objective(forward(model, params, rows, implementation).logits, wanted, rows["loss_mask"])
+
+    return loss
+
+
+def projection_specs(model: Model, given: dict[str, Any]) -> Tree:
+    """The projection of the student's features to config.objective.projection, the teacher's width; none where None."""
+    if (width := given["projection"]) is None:
+        return {}
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ConfigError(f"config.objective.projection={width!r} must be the teacher's width")
+    init = jax.nn.initializers.lecun_normal()
+    return {"projection": Spec((model.config.width, width), ("embed", "outputs"), init, inputs=1)}
+
+
+def feature_loss(
+    model: Model,
+    teacher: Model,
+    objective: Objective,
+    *,
+    layer: int | None,
+    teacher_layer: int | None,
+    projection: int | None,
+    ce_weight: float,
+    implementation: str | None = None,
+) -> Loss:
+    """The student's hidden states against the teacher's, and a cross entropy of next tokens beside.
+
+    Args:
+      model: that is trained.
+      teacher: of the same tokens.
+      objective: `objectives.feature_distillation` with its options.
+      layer: number of the sublayer, from 0, whose normalised input is read; None = what the head reads.
+      teacher_layer: likewise, of the teacher.
+      projection: the teacher's width where `params[BESIDE]` projects to it; None = none.
+      ce_weight: of the cross entropy; 0 = none.
+      implementation: of the models' ops.
+
+    Raises:
+      ConfigError: a layer that is not there, widths that need another projection, or a weight below 0.
+    """
+    for key, number, of in (("layer", layer, model), ("teacher_layer", teacher_layer, teacher)):
+        layers = len(of.config.in_order())
+        if number is not None and number not in range(layers):
+            raise ConfigError(f"config.objective.{key}={number!r} must be below {layers}, the sublayers of {of.name}")
+    ours, theirs = model.config.width, teacher.config.width
+    if theirs != (ours if projection is None else projection):
+        raise ConfigError(
+            f"config.objective.projection={projection!r} does not lead from width {ours} to the teacher's; set {theirs}"
+        )
+    if not 0 <= ce_weight < float("inf"):
+        raise ConfigError(f"config.objective.ce_weight={ce_weight!r} must be a finite number of at least 0")
+
+    def features(of: Model, params: Tree, rows: Batch, number: int | None, logits: str) -> tuple[Any, Any]:
+        output = forward(of, params, rows, implementation, logits=logits, inputs=number is not None)
+        if number is None:
+            return output.aux["hidden"], output.logits
+        path, index, _ = of.config.in_order()[number]
+        return _site(output.aux["inputs"], path, index), output.logits
+
+    def loss(params: Tree, batch: Batch, key: jax.Array, teacher_params: Tree) -> LossOutput:
+        del key
+        rows = as_rows(batch)
+        wanted, _ = features(teacher, teacher_params, rows, teacher_layer, "none")
+        own, logits = features(model, params, rows, layer, "all" if ce_weight else "none")
+        matrix = None if projection is None else params[BESIDE]["projection"]
+        output = objective(own, jax.lax.stop_gradient(wanted), rows["loss_mask"], matrix)
+        if not ce_weight:
+            return output
+        hard = cross_entropy(logits, rows["targets"], rows["loss_mask"])
+        metrics = {**output.metrics, **hard.metrics, "distance": jax.lax.stop_gradient(output.loss_sum)}
+        return LossOutput(output.loss_sum + ce_weight * hard.loss_sum, output.weight, metrics)
 
     return loss
 

@@ -38,7 +38,8 @@ def evaluate(run: Run, params: Any, batches: int = 0) -> dict[str, float]:
         pending = None
         for index, batch in enumerate(itertools.islice(iterator, batches or None)):
             batch = run.prepare(batch, params, VALIDATION_STEP + index, "validation")
-            sums = run.eval_step(params, run.place(batch), key, run.teacher)
+            # What an objective draws (times, masks) is of the seed and the batch: the same in every evaluation.
+            sums = run.eval_step(params, run.place(batch), jax.random.fold_in(key, index), run.teacher)
             _add(totals, pending)  # one batch late: the devices always have the next one to work on
             pending = sums
         _add(totals, pending)
@@ -63,7 +64,7 @@ def describe(run: Run, result: dict[str, float]) -> str:
 def compare(run: Run, result: dict[str, float]) -> dict[str, float]:
     """The data's first metric, of the model and of the baselines, also on the screen."""
     metric = run.metrics[0]
-    table = {run.config["model"]["name"]: result[metric], **data_lib.baselines(run.data)}
+    table = {run.config["model"]["name"]: result[metric], **data_lib.baselines(run.data, run.config)}
     if jax.process_index() == 0:
         print_table(f"held-out {run.data.unit}", table, metric.replace("_", " "))
     return table

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from launch.config import ConfigError, options
-from objectives.optimizers import OPTIMIZERS, SCHEDULES, create, layout
+from objectives.optimizers import OPTIMIZERS, SCHEDULES, create, layout, scale_by_token_count
 from objectives.optimizers.schedules import Schedule
 from zoo.core.params import Tree, combine, map_specs, partition
 from zoo.core.registry import check_keys
@@ -41,7 +41,8 @@ def make(config: Any, specs: Tree) -> tuple[optax.GradientTransformation, Schedu
     """Optimiser (with clipping of the global norm) and schedule, from the `optimizer` part of a resolved config.
 
     Beside its own options, an optimiser that can leave parameters out of weight decay takes `no_decay_tags`, tags of
-    Specs, ("no_decay",) unless given.
+    Specs, ("no_decay",) unless given. With `reference_tokens` the update of a step with T counted tokens is scaled by
+    sqrt(T / reference_tokens), as if the learning rate were (`scale_by_token_count`); it then takes num_tokens.
 
     Raises:
       KeyError, ValueError: unknown names or options, with the nearest one.
@@ -53,11 +54,16 @@ def make(config: Any, specs: Tree) -> tuple[optax.GradientTransformation, Schedu
     clip_norm = given.pop("clip_norm", 0.0)
     if clip_norm < 0:
         raise ConfigError(f"config.optimizer.clip_norm={clip_norm} must be at least 0")
+    reference = given.pop("reference_tokens", 0)
     entry = OPTIMIZERS.get(name)
+    if reference and entry.evaluation_params is not None:
+        raise ConfigError(f"config.optimizer.reference_tokens: {name!r} averages what it steps through; set it to 0")
     check_keys(f"optimizer {name!r}", given, [*entry.defaults, *([NO_DECAY_TAGS] if entry.mask else [])])
     mask = decay_mask(specs, tuple(given.pop(NO_DECAY_TAGS, ("no_decay",)))) if entry.mask else None
     optimizer = create(name, schedule, mask=mask, layout=layout.of_specs(specs), **given)
-    return (optax.chain(optax.clip_by_global_norm(clip_norm), optimizer) if clip_norm else optimizer), schedule
+    before = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    after = [scale_by_token_count(reference)] if reference else []
+    return (optax.chain(*before, optimizer, *after) if before or after else optimizer), schedule
 
 
 def evaluation_params(name: str, trainable: Tree | None) -> Callable[[Tree, Any], Tree] | None:

@@ -4,15 +4,12 @@ A batch of responses holds K of them per example: tokens, targets, segment_ids, 
 float32[B, K, T], which counts the targets that belong to the response; padding has segment 0.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from launch.step import Batch, as_rows
+from launch.step import Batch, as_rows, forward
 from objectives import LogProbs
 from objectives.statistics import collect_logps, token_logps
-from zoo.core.context import SeqContext
 from zoo.core.params import Tree
 from zoo.models import Model
 
@@ -22,7 +19,7 @@ REWARD_TOKEN = 3  # the mask token of every tokenizer: no text holds it, so that
 def logps(model: Model, params: Tree, batch: Batch, implementation: str | None = None) -> list[LogProbs]:
     """Log-probabilities of the K responses, one LogProbs of B rows for each."""
     rows = as_rows(batch)
-    logits = _apply(model, params, rows, "all", implementation)
+    logits = forward(model, params, rows, implementation).logits
     return by_response(batch, token_logps(logits, rows["targets"], rows["loss_mask"]))
 
 
@@ -35,10 +32,5 @@ def by_response(batch: Batch, per_token: jax.Array) -> list[LogProbs]:
 
 def scores(model: Model, params: Tree, batch: Batch, implementation: str | None = None) -> jax.Array:
     """float32[B, K]: the reward of every response, the logit of `REWARD_TOKEN` after its last token."""
-    logits = _apply(model, params, as_rows(batch), "last", implementation)
+    logits = forward(model, params, as_rows(batch), implementation, logits="last").logits
     return logits[:, 0, REWARD_TOKEN].astype(jnp.float32).reshape(batch["tokens"].shape[:2])
-
-
-def _apply(model: Model, params: Tree, rows: Batch, which: str, implementation: str | None) -> Any:
-    ctx = SeqContext(positions=rows["positions"], segment_ids=rows["segment_ids"])
-    return model.apply(params, rows["tokens"], ctx=ctx, logits=which, implementation=implementation).logits

@@ -22,12 +22,13 @@ from launch import rollout as rollout_lib
 from launch import start
 from launch import step as step_lib
 from launch.checkpoints import Checkpoints
+from launch.configs import base
 from launch.rollout import Rollout
 from launch.step import TrainState
 from pipelines import ResponseDataset
 from zoo.adapters import lora
 from zoo.core import sharding
-from zoo.core.params import Tree, abstract, partition
+from zoo.core.params import Tree, abstract, initialise, partition
 from zoo.core.registry import check_keys
 from zoo.core.sharding import Rules
 from zoo.models import Model, carry_over, conversion, create
@@ -82,6 +83,7 @@ class Run(Program):
       config: plain nested dicts without open ends (vocabulary, horizon of the schedule).
       workdir: where it lives.
       data: documents and tokenizer, a task, or responses.
+      forget: what is to be forgotten, or None.
       rollout: draws the responses of a batch, or None.
       references: log-probabilities of the reference by split and example, or None.
     """
@@ -89,6 +91,7 @@ class Run(Program):
     config: dict[str, Any]
     workdir: pathlib.Path
     data: data_lib.Data
+    forget: data_lib.Data | None
     rollout: Rollout | None
     references: dict[str, np.ndarray] | None = None
 
@@ -120,13 +123,18 @@ class Run(Program):
         )
 
     @property
+    def fingerprint(self) -> str:
+        """Hash of the data."""
+        return self.data.fingerprint if self.forget is None else f"{self.data.fingerprint} {self.forget.fingerprint}"
+
+    @property
     def saved_config(self) -> pathlib.Path:
         """config.json of the workdir."""
         return self.workdir / "config.json"
 
     def check_resume(self) -> None:
         """Refuses a workdir whose run had another model, data or optimisation."""
-        config_lib.check_resume(self.saved_config, self.config, self.data.fingerprint)
+        config_lib.check_resume(self.saved_config, self.config, self.fingerprint)
 
     def restore_params(self) -> tuple[int, Any]:
         """Step and parameters (their moving average where there is one) of the checkpoint that the config names."""
@@ -185,10 +193,12 @@ def build(config: Any, workdir: pathlib.Path) -> Run:
 
     with config_lib.at("data"):
         data = data_lib.prepare(config, workdir)
+        forget = data_lib.prepare_forget(config, data, workdir)
     plain = resolve(config, data.vocab_size)
     program = assemble(plain, mesh, rules)
     fields = {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
-    return Run(config=plain, workdir=workdir, data=data, rollout=_rollout(plain, program, data), **fields)
+    rollout = _rollout(plain, program, data)
+    return Run(config=plain, workdir=workdir, data=data, forget=forget, rollout=rollout, **fields)
 
 
 def _rollout(plain: dict[str, Any], program: Program, data: data_lib.Data) -> Rollout | None:
@@ -207,13 +217,25 @@ def _rollout(plain: dict[str, Any], program: Program, data: data_lib.Data) -> Ro
     return Rollout(model, data, end_id, plain["rollout"], plain["seed"], plain["implementation"])
 
 
-def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
-    """The functions of a resolved config on a mesh; but for a teacher, nothing is compiled or allocated yet."""
-    restore = functools.partial(_restore, mesh=mesh, rules=rules)
+def assemble(
+    plain: dict[str, Any], mesh: Mesh, rules: Rules, *, like: dict[str, Any] | None = None, concrete: bool = True
+) -> Program:
+    """The functions of a resolved config on a mesh; but for a teacher, nothing is compiled or allocated yet.
+
+    Args:
+      plain: resolved config.
+      mesh, rules: how arrays are split.
+      like: resolved config whose objective has the parameters beside the model's; None = `plain`.
+      concrete: False to have the teacher's parameters as shapes alone, for a mesh of devices that are not there; of
+        other runs nothing but their config is then read.
+    """
+    restore = functools.partial(_restore, mesh=mesh, rules=rules) if concrete else _described
     initial = functools.cache(functools.partial(start.read, plain, "initial", restore))
     model = _model(plain, initial)
     with config_lib.at("adapter"):
         specs = start.adapted(model.param_specs(), plain)
+    beside = losses_lib.beside(like or plain, model)
+    specs = {**specs, **beside}
     trainable = start.trainable(specs, plain)
     with config_lib.at("optimizer"):
         trained = specs if trainable is None else partition(specs, trainable)[0]
@@ -221,7 +243,7 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
         jax.eval_shape(optimizer.init, abstract(trained))  # what it refuses is the optimiser's fault, not the mesh's
     ema = plain["ema_decay"] > 0
     losses = losses_lib.make(plain, model, initial, restore)
-    source = losses.source
+    source, place = losses.source, jax.device_put if concrete else _laid_out
     options = {"seed": plain["seed"], "ema": ema, "trainable": trainable}
     fresh = functools.partial(step_lib.init_state, specs, optimizer, **options)
     with config_lib.at("mesh and config.rules"):
@@ -245,7 +267,8 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
         return state.params if evaluated is None else evaluated(state.params, state.opt_state)
 
     def init_from_source() -> TrainState:
-        params = jax.device_put(_initial_params(plain, model, initial()), shardings.params)
+        params = _initial_params(plain, model, initial()) | initialise(beside, jax.random.key(plain["seed"]))
+        params = jax.device_put(params, shardings.params)
         initial.cache_clear()
         # Copies: the state is donated, and what it is made of may be the teacher's.
         begin = lambda params: fresh(params=jax.tree.map(jnp.copy, params))  # noqa: E731
@@ -261,13 +284,11 @@ def assemble(plain: dict[str, Any], mesh: Mesh, rules: Rules) -> Program:
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), jax.eval_shape(fresh), shardings
         ),
         init=init if plain["initial"]["name"] == start.NONE["initial"] else init_from_source,
-        teacher=None
-        if source is None
-        else jax.device_put(source[1], sharding.shardings(source[0].param_specs(), mesh, rules)),
+        teacher=None if source is None else place(source[1], sharding.shardings(source[0].param_specs(), mesh, rules)),
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         teacher_model=None if source is None else source[0],
         evaluation_params=evaluation_params,
-        eval_step=jax.jit(step_lib.make_eval_step(losses.judge)),
+        eval_step=jax.jit(step_lib.make_eval_step(losses.judge, coding=losses_lib.codes_text(plain))),
     )
 
 
@@ -281,12 +302,26 @@ def _initial_params(plain: dict[str, Any], model: Model, source: start.Source) -
 
 def _restore(config: dict[str, Any], workdir: pathlib.Path, *, mesh: Mesh, rules: Rules) -> start.Source:
     """Model and parameters (with adapters merged) of the checkpoint of another run that its config names."""
-    program = assemble(config, mesh, rules)
+    # What the run learnt with is of no interest but for the parameters that it had beside the model's.
+    objective = config_lib.to_dict(base.get_config())["objective"]
+    program = assemble({**config, "objective": objective}, mesh, rules, like=config)
     metric = data_lib.metrics(config)[0]
     checkpoints = Checkpoints(workdir / "checkpoints", metric=metric, read_only=True)
     state = checkpoints.restore(program.abstract, step=checkpoints.find(config["evaluate"]["checkpoint"]))
     checkpoints.close()
-    return program.model, lora.merge(program.evaluation_params(state))
+    params = program.evaluation_params(state)
+    return program.model, lora.merge({key: leaf for key, leaf in params.items() if key != losses_lib.BESIDE})
+
+
+def _described(config: dict[str, Any], _: pathlib.Path) -> start.Source:
+    """Model and abstract parameters of another run, from its config alone."""
+    model = _model(config)
+    return model, abstract(model.param_specs())
+
+
+def _laid_out(params: Tree, shardings: Tree) -> Tree:
+    """Parameters as shapes with their shardings."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), params, shardings)
 
 
 def _from_initial(config: dict[str, Any]) -> bool:

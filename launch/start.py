@@ -74,7 +74,7 @@ def _saved(workdir: pathlib.Path, checkpoint: str) -> tuple[dict[str, Any], path
     defaults = config_lib.to_dict(base.get_config())
     saved = {**defaults, **json.loads(path.read_text())["config"]}
     saved["evaluate"]["checkpoint"] = checkpoint
-    return {**saved, **{key: defaults[key] for key in ("teacher", "objective", "rollout")}}, workdir
+    return {**saved, **{key: defaults[key] for key in ("teacher", "rollout")}}, workdir
 
 
 def conversion_of_run(model: dict[str, Any], workdir: str) -> dict[str, Any]:

@@ -113,12 +113,17 @@ def language_model_loss(model: Model, objective: Objective, implementation: str 
 
     def loss(params: Tree, batch: Batch, key: jax.Array, *_: Tree) -> LossOutput:
         del key  # no objective or layer here draws random numbers
-        batch = as_rows(batch)
-        ctx = SeqContext(positions=batch["positions"], segment_ids=batch["segment_ids"])
-        logits = model.apply(params, batch["tokens"], ctx=ctx, implementation=implementation).logits
-        return objective(logits, batch["targets"], batch["loss_mask"])
+        rows = as_rows(batch)
+        logits = forward(model, params, rows, implementation).logits
+        return objective(logits, rows["targets"], rows["loss_mask"])
 
     return loss
+
+
+def forward(model: Model, params: Tree, rows: Batch, implementation: str | None = None, **options: Any) -> Any:
+    """The model's output on rows [B, T] of packed documents; options as of its `apply`."""
+    ctx = SeqContext(positions=rows["positions"], segment_ids=rows["segment_ids"])
+    return model.apply(params, rows["tokens"], ctx=ctx, implementation=implementation, **options)
 
 
 def as_rows(batch: Batch) -> Batch:
@@ -200,7 +205,8 @@ def make_train_step(
         weight = jnp.where(output.weight > 0, output.weight, 1.0)  # a batch of padding changes nothing but decay
         grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, trained)
         grad_norm = optax.tree_utils.tree_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        update = optax.with_extra_args_support(optimizer).update  # for those that read the number of tokens
+        updates, opt_state = update(grads, state.opt_state, trained, num_tokens=output.weight)
         params = whole(optax.apply_updates(trained, updates))
         param_norm = optax.tree_utils.tree_norm(params)
         mean = output.loss_sum / weight
@@ -223,12 +229,15 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(loss: Loss) -> Callable[..., dict[str, jax.Array]]:
-    """`step(params, batch, key, teacher=None)`: the sums loss_sum, weight, metrics and, of text, bytes of targets."""
+def make_eval_step(loss: Loss, *, coding: bool = True) -> Callable[..., dict[str, jax.Array]]:
+    """`step(params, batch, key, teacher=None)`: the sums loss_sum, weight, metrics and, of text, bytes of targets.
+
+    The bytes are left out where the loss is no code length of the targets (`coding`).
+    """
 
     def eval_step(params: Tree, batch: Batch, key: jax.Array, teacher: Tree = None) -> dict[str, jax.Array]:
         output = loss(params, batch, key, *(() if teacher is None else (teacher,)))
-        of_text = {"bytes": jnp.sum(batch["target_bytes"])} if "target_bytes" in batch else {}
+        of_text = {"bytes": jnp.sum(batch["target_bytes"])} if coding and "target_bytes" in batch else {}
         return {"loss_sum": output.loss_sum, "weight": output.weight, **of_text, **output.metrics}
 
     return eval_step

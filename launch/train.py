@@ -103,7 +103,7 @@ def _start(run: Run, checkpoints: Checkpoints, iterator: Any) -> TrainState:
         run.check_resume()
         state = checkpoints.restore(run.abstract, iterator)
     if jax.process_index() == 0:
-        config_lib.save(run.saved_config, run.config, data_fingerprint=run.data.fingerprint)
+        config_lib.save(run.saved_config, run.config, data_fingerprint=run.fingerprint)
     return state
 
 
@@ -115,7 +115,7 @@ def train(run: Run, stop: threading.Event) -> tuple[TrainState, dict[str, Any]] 
     """Trains to config.steps; returns the last state and facts for the summary, or None when told to stop."""
     config = run.config
     checkpoints = run.checkpoints()
-    iterator = data_lib.train_batches(run.data, config)
+    iterator = data_lib.train_batches(run.data, config, run.forget)
     state = _start(run, checkpoints, iterator)
     step = start = int(state.step)
     report = Report(

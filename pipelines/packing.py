@@ -116,6 +116,7 @@ def _finish_row(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         "loss_mask": packed.get("loss_mask", (segment_ids > 0).astype(np.float32)),
         "segment_ids": segment_ids,
         "positions": packed["tokens_positions"],
+        **{name: packed[name] for name in ("prompt_mask", "quality") if name in packed},
     }
 
 
@@ -125,21 +126,25 @@ def _pack(documents: grain.MapDataset, length: int) -> grain.IterDataset:
     return _JsonSafeState(packed).map(_finish_row)
 
 
-def pack_whole(pairs: grain.IterDataset, length: int, *, bins: int = 64, seed: int = 0) -> grain.IterDataset:
+def pack_whole(
+    pairs: grain.IterDataset, length: int, *, bins: int = 64, seed: int = 0, also: Sequence[str] = ()
+) -> grain.IterDataset:
     """Rows of whole examples, none of them split: each goes into the fullest of `bins` open rows that has room for it.
 
     When one has room in none, all open rows are given out in a random order. The last rows are padded.
 
     Args:
-        pairs: examples of at most `length` tokens: `tokens`, `targets` int32[T], `loss_mask` float32[T].
+        pairs: examples of at most `length` tokens: `tokens`, `targets` int32[T], `loss_mask` float32[T]; also
+            `prompt_mask` and `quality` float32[T], where `also` names them.
         length: row length L.
         bins: open rows; more of them leave less padding.
         seed: of the order in which they are given out.
+        also: further arrays of the examples.
 
     Returns:
         Rows as of `train_iterator`; the loss masks are those of the examples.
     """
-    struct = dict.fromkeys(("tokens", "targets", "loss_mask"), length)
+    struct = dict.fromkeys(("tokens", "targets", "loss_mask", *also), length)
     packed = grain.experimental.BestFitPackIterDataset(pairs, length_struct=struct, num_packing_bins=bins, seed=seed)
     return packed.map(_finish_row)
 

@@ -3,7 +3,8 @@
 A record is a JSON object, one a line of a file, or one that a task makes. A prompt or a response is a text or a list of
 turns (see `pipelines.chat`); fields that are not named here are not read.
 
-  sft       {"messages"} or {"prompt", "response"}, and {"attributes": {name: number}} where they are asked for
+  sft       {"messages"} or {"prompt", "response"}; where they are asked for, "quality": a number in [0, 1], and
+            "attributes": {name: number}
   pairs     {"prompt", "chosen", "rejected"}
   unpaired  {"prompt", "response", "label"}         label: true or false, 1 or 0
   ranked    {"prompt", "responses", "scores"}       scores: the higher the better; or "ranks": the lower the better
@@ -44,7 +45,7 @@ METRICS = {  # what runs report, by the kind of batches
     "ranked": ("loss",),
 }
 _KIND_OF = {  # options that make sense for one kind only
-    **dict.fromkeys(("loss", "pack", "weighting", "attributes"), "sft"),
+    **dict.fromkeys(("loss", "pack", "weighting", "quality", "attributes"), "sft"),
     "mismatched": "unpaired",
     "cross_prompts": "pairs",
     **dict.fromkeys(("unpack", "gap", "ties", "stage", "goal"), "ranked"),
@@ -65,6 +66,7 @@ class ResponseExample(NamedTuple):
         label: 1.0 desirable, 0.0 not, of a single response.
         scores: of the responses of ranked records.
         tie: whether neither of a pair is better.
+        quality: in [0, 1], of a demonstration.
     """
 
     prompt: Turns
@@ -75,6 +77,7 @@ class ResponseExample(NamedTuple):
     label: float | None = None
     scores: tuple[float, ...] | None = None
     tie: bool = False
+    quality: float | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -93,6 +96,7 @@ class ResponseSource(BaseSource):
         pack: of sft, whether rows hold several whole examples, or one each.
         weighting: of sft, "token", every token that is to be learnt has weight 1; "example", 1 / their number in its
             example: a mean over examples of means over tokens, packed or not.
+        quality: of sft, whether every record has a "quality", in [0, 1], to weigh its example by.
         mismatched: of unpaired, whether each prompt comes with another example's response, too, as KTO wants.
         unpack: of ranked, pairs of the best response with the worst ("best_vs_worst") or with each other one
             ("best_vs_rest"), "all" pairs, or the "lists" as they are. Among equals the first counts as the best and the
@@ -118,6 +122,7 @@ class ResponseSource(BaseSource):
     loss: str = "response"
     pack: bool = False
     weighting: str = "token"
+    quality: bool = False
     mismatched: bool = False
     unpack: str = "best_vs_worst"
     gap: float = 0.0
@@ -141,7 +146,7 @@ class ResponseSource(BaseSource):
         check_choice("loss", self.loss, LOSSES)
         check_choice("weighting", self.weighting, WEIGHTINGS)
         check_choice("unpack", self.unpack, UNPACKINGS)
-        for option in ("pack", "mismatched", "ties"):
+        for option in ("pack", "quality", "mismatched", "ties"):
             check_choice(option, getattr(self, option), (False, True))
         if isinstance(self.gap, bool) or not isinstance(self.gap, int | float) or not 0 <= self.gap < math.inf:
             raise ValueError(f"gap={self.gap!r} must be a finite number of at least 0")
@@ -210,6 +215,8 @@ class ResponseSource(BaseSource):
                 example = _told(example, _listed(record, self.attributes, origin))
             if self.goal and "scores" not in record:
                 raise DataError("missing field", origin, "a goal needs 'scores', the line has 'ranks'")
+            if self.quality:
+                example = example._replace(quality=_quality(record, origin))
         except DataError as error:
             return [error]
         opening = next(turn["content"] for turn in example.prompt if turn["role"] == "user")
@@ -355,6 +362,13 @@ def _demonstration(record: Mapping[str, Any], origin: str) -> ResponseExample:
         return ResponseExample(turns[:-1], (turns[-1:],), origin, "", context=False)
     prompt = _prompt(record, origin)
     return ResponseExample(prompt, (_response(record, "response", prompt, origin),), origin, "")
+
+
+def _quality(record: Mapping[str, Any], origin: str) -> float:
+    value = field_of(record, "quality", origin)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise DataError("bad quality", origin, f"'quality' must be a number in [0, 1], found {value!r:.40}")
+    return float(value)
 
 
 def _pair(record: Mapping[str, Any], origin: str) -> ResponseExample:

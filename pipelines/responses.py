@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import logging
 
-from pipelines.chat import TEMPLATES
+from pipelines.chat import ROLES, TEMPLATES
 from pipelines.dataset import check_tokenizer, make_tokenizer
 from pipelines.errors import DataError
 from pipelines.packing import READ, check_positive, check_seed, local_batches, pack_whole
@@ -28,10 +28,11 @@ PARTNERS = 32  # examples that are looked at for a mismatched response
 
 
 class _Tokens(NamedTuple):
-    """Tokens, int32[T], and which of them are to be learnt, bool[T]."""
+    """Tokens, int32[T], which of them are to be learnt, bool[T], and which of those are not the model's, bool[T]."""
 
     tokens: np.ndarray
     mask: np.ndarray
+    asked: np.ndarray
 
 
 class _Encoded(NamedTuple):
@@ -56,7 +57,10 @@ class ResponseDataset:
 
       tokens, targets, segment_ids, positions   int32[B, K, T]; segment 1, and 0 where a row is padding
       loss_mask                                 float32[B, K, T], whether the target counts
+      prompt_mask                               float32[B, K, T], with loss="all": loss_mask at the turns that are not
+                                                the model's
       index                                     int32[B], number of the example in its split
+      quality                                   float32[B], where the source reads it; of packed rows float32[B, T]
       label                                     float32[B], of "unpaired": 1 desirable, 0 not
       scores                                    float32[B, K], of "ranked", and of pairs that come from ranked records
       tie                                       float32[B], of such pairs where ties are kept: 1 where neither is better
@@ -185,8 +189,9 @@ class ResponseDataset:
         prompts, responses = [], []
         for chat, response in zip(conversations, example.responses, strict=True):
             split = int(np.searchsorted(chat.turns, chat.turns[-1] + 1 - len(response)))
-            prompts.append(_Tokens(chat.tokens[:split], chat.loss_mask[:split]))
-            responses.append(_Tokens(chat.tokens[split:], chat.loss_mask[split:]))
+            whole = (chat.tokens, chat.loss_mask, chat.loss_mask & (chat.roles != ROLES.index("assistant")))
+            prompts.append(_Tokens(*(part[:split] for part in whole)))
+            responses.append(_Tokens(*(part[split:] for part in whole)))
         shortened = int(chat.turns[-1]) + 1 < len(example.prompt) + len(response)
         return _Encoded(example, prompts[0], tuple(responses), shortened)
 
@@ -194,15 +199,25 @@ class ResponseDataset:
         examples = self._splits[split]
         if self.packed:
             pairs = order.map(lambda i: self._pairs(examples[int(i)])).to_iter_dataset(READ)
-            rows = pack_whole(pairs, self.length, seed=seed)
+            also = {"prompt_mask": self.source.loss == "all", "quality": self.source.quality}
+            rows = pack_whole(pairs, self.length, seed=seed, also=[name for name, there in also.items() if there])
         else:
             rows = order.map_with_index(self._rows(examples, order)).to_iter_dataset(READ)
         return iter(local_batches(rows, batch_size, process_index, process_count))
 
     def _pairs(self, encoded: _Encoded) -> dict[str, np.ndarray]:
         """An example as inputs and targets, unpadded."""
-        tokens, mask = (np.concatenate(parts) for parts in zip(encoded.prompt, encoded.responses[0], strict=True))
-        return {"tokens": tokens[:-1], "targets": tokens[1:], "loss_mask": self._weights(mask)}
+        tokens, masks = self._masks(encoded.prompt, encoded.responses[0])
+        pairs = {"tokens": tokens[:-1], "targets": tokens[1:], **masks}
+        if encoded.example.quality is not None:
+            pairs["quality"] = np.full(len(tokens) - 1, encoded.example.quality, np.float32)
+        return pairs
+
+    def _masks(self, *parts: _Tokens) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The tokens of parts, and the masks of their targets."""
+        tokens, mask, asked = (np.concatenate(each) for each in zip(*parts, strict=True))
+        masks = {"loss_mask": self._weights(mask)}
+        return tokens, masks | ({"prompt_mask": masks["loss_mask"] * asked[1:]} if self.source.loss == "all" else {})
 
     def _weights(self, mask: np.ndarray) -> np.ndarray:
         weights = mask[1:].astype(np.float32)
@@ -218,6 +233,8 @@ class ResponseDataset:
                 responses += self._mismatched(examples, order, position)
             arrays: dict[str, Any] = self._arrays(encoded.prompt, responses) | {"index": np.int32(index)}
             example = encoded.example
+            if example.quality is not None:
+                arrays["quality"] = np.float32(example.quality)
             if example.label is not None:
                 arrays["label"] = np.float32(example.label)
             if example.scores is not None:
@@ -245,14 +262,16 @@ class ResponseDataset:
         shape = (self.responses, self.length)
         names = ("tokens", "targets", "segment_ids", "positions")
         arrays: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in names}
-        arrays["loss_mask"] = np.zeros(shape, np.float32)
+        for name in ("loss_mask", "prompt_mask") if self.source.loss == "all" else ("loss_mask",):
+            arrays[name] = np.zeros(shape, np.float32)
         for k, response in enumerate(responses):
-            tokens, mask = (np.concatenate(parts) for parts in zip(prompt, response, strict=True))
+            tokens, masks = self._masks(prompt, response)
             filled = np.s_[k, : len(tokens) - 1]
             arrays["tokens"][filled], arrays["targets"][filled] = tokens[:-1], tokens[1:]
             arrays["segment_ids"][filled] = 1
             arrays["positions"][filled] = np.arange(len(tokens) - 1)
-            arrays["loss_mask"][filled] = self._weights(mask)
+            for name, mask in masks.items():
+                arrays[name][filled] = mask
         return arrays
 
 

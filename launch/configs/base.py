@@ -1,6 +1,6 @@
 """Defaults of every key that all runs share. Other configs start from here.
 
-`model`, `initial`, `teacher`, `adapter`, `objective`, `optimizer`, `optimizer.schedule`, `data.source`,
+`model`, `initial`, `teacher`, `adapter`, `objective`, `optimizer`, `optimizer.schedule`, `data.source`, `data.forget`,
 `data.tokenizer` and `rules.overrides` take the options of whatever their `name` names; every other key must be one of
 these.
 """
@@ -48,7 +48,8 @@ def get_config() -> Any:
         "reward": "exact_match",
         "advantages": "group",
     }
-    # name: any of `python -m objectives.catalog --category optimizer`, whose options stand beside it.
+    # name: any of `python -m objectives.catalog --category optimizer`, whose options stand beside it. reference_tokens,
+    # where it is set: a step with T tokens that count has the learning rate times sqrt(T / reference_tokens).
     config.optimizer = {
         "name": "adamw",
         "learning_rate": 1e-3,
@@ -58,9 +59,11 @@ def get_config() -> Any:
     }
     # source: of text; a task of ids ("state_tracking", "mqar"), whose tokenizer has the name "none"; or of responses
     # ("sft", "pairs", "unpaired", "ranked", "arithmetic").
-    # shuffle_rows and directory are for text.
+    # shuffle_rows and directory are for text. forget: of unlearning, a source of what is to be forgotten; `source` is
+    # then what is to be retained.
     config.data = {
         "source": {"name": "stdlib"},
+        "forget": {"name": "none"},
         "tokenizer": {"name": "bytes"},
         "shuffle_rows": 1024,
         "epochs": config_dict.placeholder(int),  # None never ends

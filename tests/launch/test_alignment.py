@@ -185,7 +185,7 @@ def config_of(**changes):
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ConfigError, match=r"'dpo' needs config\.teacher"):
         losses.make(config_of(objective={"name": "dpo"}), model(), None, None)
-    for name in ("masked_language_model", "simnpo", "weighted_cross_entropy", "learned_masked_diffusion"):
+    for name in ("vector_regression", "info_nce", "rerouting", "melle"):
         with pytest.raises(ConfigError, match="which no run gives it yet"):
             losses.make(config_of(objective={"name": name}), model(), None, None)
     with pytest.raises(ConfigError, match="reads none"):
