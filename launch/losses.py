@@ -186,6 +186,13 @@ def category(plain: dict[str, Any]) -> str:
     return OBJECTIVES.get(plain["objective"]["name"]).category
 
 
+def takes_ties(name: str) -> bool:
+    """Whether an objective of pairs is told which of them are ties, or half preferences."""
+    inputs = OBJECTIVES.get(name).inputs
+    scored = {"score_chosen", "score_first"} & {*inputs}
+    return "tie" in inputs or bool(scored and {"outcome", "[label]"} & {*inputs})
+
+
 def of_responses(plain: dict[str, Any]) -> bool:
     """Whether config.objective takes responses to prompts."""
     return kind_of(plain["objective"]["name"]) is _responses or category(plain) in RESPONSES
@@ -242,6 +249,11 @@ def make(plain: dict[str, Any], model: Model, initial, restore) -> Losses:
         raise ConfigError(
             f"config.objective={name!r} takes {', '.join(needed)}, which no run gives it yet; "
             "call it from a step of your own"
+        )
+    if plain["data"]["source"].get("ties") and not takes_ties(name):
+        raise ConfigError(
+            f"config.data.source.ties: config.objective={name!r} would take a tie for a preference; "
+            f"these know ties: {', '.join(each for each in objectives.list_objectives() if takes_ties(each))}"
         )
     with config_lib.at("objective"):
         unlearning.check(plain, category(plain) == "unlearning")
@@ -321,6 +333,10 @@ def reward_loss(name: str, objective: Objective, model: Model, implementation: s
         available = {"scores": scores, "score_chosen": scores[:, 0]}
         if scores.shape[1] > 1:
             available["score_rejected"] = scores[:, 1]
+        if scores.shape[1] == 2:
+            available |= {"score_first": scores[:, 0], "score_second": scores[:, 1]}
+        if "tie" in batch:  # the first is the better one everywhere else
+            available |= {"outcome": 1 - jnp.int32(batch["tie"]), "label": 1 - batch["tie"] / 2}
         available["mask"] = (batch["loss_mask"].sum(axis=(1, 2)) > 0).astype(jnp.float32)
         return objective(**bind(name, available))
 

@@ -137,12 +137,13 @@ def diffusion_loss(model: Model, options: dict[str, Any], implementation: str | 
     given = {key: value for key, value in options.items() if key != "name" and value is not None}
     mask_token = given.pop("mask_token", MASK_TOKEN)
     objective = objectives.create(options["name"], mask_token=mask_token, **given)
+    steps = given.pop("steps", None)
 
     def loss(params: Tree, batch: Batch, key: jax.Array, *_: Tree) -> LossOutput:
         of_times, of_masks = jax.random.split(key)
         rows = as_rows(batch)
         tokens, valid = rows["targets"], rows["loss_mask"] != 0
-        times = diffusion.draw_times(of_times, tokens.shape[0])
+        times = diffusion.draw_times(of_times, tokens.shape[0], steps=steps)
         noisy, masked = diffusion.mask_tokens(of_masks, tokens, times, mask_token, valid, **given)
         logits = forward(model, params, {**rows, "tokens": noisy}, implementation).logits
         output = objective(logits, tokens, masked, times, valid)

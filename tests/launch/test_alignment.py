@@ -118,6 +118,16 @@ def test_rewards_are_scores_after_the_last_token():
     want = np.sum(np.logaddexp(0, -np.float64(scores[:3, 0] - scores[:3, 1])))
     assert_close(output.loss_sum, want, FLOAT32_TOLERANCE)
     assert float(output.weight) == 3
+    # A tie is half a preference, or an outcome of its own.
+    tie = np.float32([0, 1, 0, 0])
+    for name, given in {
+        "bradley_terry": {"label": 1 - tie[:3] / 2},
+        "bradley_terry_ties": {"outcome": np.array([1, 0, 1])},
+    }.items():
+        objective = objectives.create(name)
+        output = jax.jit(losses.reward_loss(name, objective, model()))(params, {**batch, "tie": tie}, jax.random.key(0))
+        assert_close(output.loss_sum, objective(scores[:3, 0], scores[:3, 1], **given).loss_sum, FLOAT32_TOLERANCE)
+        assert float(output.weight) == 3
 
 
 def test_a_policy_learns_from_what_was_drawn():
@@ -183,11 +193,19 @@ def config_of(**changes):
 
 
 def test_what_does_not_go_together_is_refused():
+    none = (model(), None, None)
     with pytest.raises(ConfigError, match=r"'dpo' needs config\.teacher"):
         losses.make(config_of(objective={"name": "dpo"}), model(), None, None)
     for name in ("vector_regression", "info_nce", "rerouting", "melle"):
         with pytest.raises(ConfigError, match="which no run gives it yet"):
             losses.make(config_of(objective={"name": name}), model(), None, None)
+    assert [name for name in objectives.list_objectives() if losses.takes_ties(name)] == [
+        "todo", "bradley_terry", "bradley_terry_ties",
+    ]  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"'bradley_terry_ranking' would take a tie for a preference.*bradley_terry_t"
+    ):
+        losses.make(config_of(objective={"name": "bradley_terry_ranking"}, data={"source": {"ties": True}}), *none)
     with pytest.raises(ConfigError, match="reads none"):
         losses.make(config_of(teacher={"name": "initial"}), model(), None, None)
     with pytest.raises(ConfigError, match=r"grpo.*'policy'"):

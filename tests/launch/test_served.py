@@ -18,7 +18,7 @@ from objectives.language_model import hide_tokens
 from objectives.registry import OBJECTIVES
 from objectives.statistics import collect_logps
 from tests.launch.test_alignment import REFERENCE_SEED, config_of, draw, parameters
-from tests.launch.test_step import draw_batch, model
+from tests.launch.test_step import ROUNDING, draw_batch, model
 from tests.trees import FLOAT32_TOLERANCE, assert_close, redraw
 from zoo.core.context import SeqContext
 from zoo.core.params import Spec
@@ -111,6 +111,18 @@ def test_hidden_tokens_are_predicted_where_they_stand():
     plain = config_of(objective={"name": "masked_language_model"})
     assert not losses.codes_text(plain), "the loss is of some tokens given others: no code length"
     assert losses.codes_text(config_of())
+
+
+def test_masked_diffusion_in_steps_draws_their_times():
+    batch = draw(rows=8, each=1)
+    rows = rows_of(batch)
+    of_times, of_masks = jax.random.split(KEY)
+    times, valid = diffusion.draw_times(of_times, 8, steps=4), rows["loss_mask"] != 0
+    assert {*(4 * np.asarray(times)).tolist()} == {1.0, 2.0, 3.0, 4.0}
+    noisy, masked = diffusion.mask_tokens(of_masks, rows["targets"], times, MASK_TOKEN, valid)
+    objective = objectives.create("masked_diffusion", mask_token=MASK_TOKEN, steps=4)
+    want = objective(logits_of(parameters(1), rows, noisy), rows["targets"], masked, times, valid)
+    assert_close(served("masked_diffusion", steps=4)(parameters(1), batch, KEY).loss_sum, want.loss_sum, ROUNDING)
 
 
 def test_learnt_powers_are_of_all_classes_but_the_mask_token():
@@ -269,7 +281,8 @@ def test_every_objective_is_served_or_refused_by_name():
             refused.append(name)
         left -= {(entry.category, " ".join(entry.inputs)), (entry.category, losses.ANY)}
     assert not left
-    assert sorted(refused) == ["info_nce", "melle", "rerouting", "rerouting_retain", "retain_kl", "vector_regression"]
+    expected = "info_nce melle rerouting rerouting_retain retain_kl top_k_distillation vector_regression"
+    assert sorted(refused) == expected.split()
 
 
 @pytest.mark.slow
