@@ -8,7 +8,7 @@ import pytest
 from tests.mixers import harness as h
 from tests.mixers.numpy_oracles import silu
 from tests.mixers.oracles import ORACLES
-from tests.trees import FLOAT32_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_finite, to_float64
+from tests.trees import GRADIENT_TOLERANCE, ORACLE_TOLERANCE, assert_close, assert_finite, to_float64
 from zoo.layers.norm import Norm
 from zoo.layers.rotary import Rotary
 from zoo.mixers import ChannelGate, FixedDecay, GatedLinearAttention, HeadGate, gated_linear_attention, hgrn
@@ -30,7 +30,7 @@ SEGMENTS = np.array([[1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2, 2, 2], [0, 1, 1, 2, 3, 3,
 def test_other_combinations_match_the_oracle(config):
     params, x = h.params_of(config), h.inputs(1)
     y, _ = h.forward(config)(params, h.poison(x, SEGMENTS), h.context(SEGMENTS))
-    assert_close(y, h.oracle(config, params, x, SEGMENTS), FLOAT32_TOLERANCE)
+    assert_close(y, h.oracle(config, params, x, SEGMENTS), ORACLE_TOLERANCE)
 
 
 def test_a_strong_gate_over_a_whole_chunk():
@@ -47,7 +47,7 @@ def test_a_strong_gate_over_a_whole_chunk():
     cot = h.inputs(3, batch=1, length=length)
     state = jax.tree.map(jnp.zeros_like, h.fresh(config, batch=1))
     gradients, (y, _) = h.gradient(config)(params, x, state, h.contiguous(0, length, 1), cot, state)
-    assert_close(y, h.oracle(config, params, x), FLOAT32_TOLERANCE, "y")
+    assert_close(y, h.oracle(config, params, x), ORACLE_TOLERANCE, "y")
     assert_finite(gradients)
 
 
@@ -70,7 +70,7 @@ def test_the_gate_is_a_swish_of_the_projection_after_the_norm():
     def merged(a):
         return np.einsum("thv,hvd->td", a, params["o"])
 
-    assert_close(y, merged(rms(o) * silu(gate)), FLOAT32_TOLERANCE)
+    assert_close(y, merged(rms(o) * silu(gate)), ORACLE_TOLERANCE)
     for wrong in (rms(o) * (silu(gate) / gate), rms(gate) * silu(o), rms(o * silu(gate))):
         assert np.abs(merged(wrong) - y).max() > 0.05 * np.abs(y).max()
 
@@ -98,7 +98,7 @@ def test_lower_bounds_grow_from_zero():
     logits = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
     shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum(axis=0)
     bounds = hgrn.lower_bounds(jnp.asarray(logits))
-    assert_close(bounds, shares.cumsum(axis=0) - shares[0], FLOAT32_TOLERANCE)
+    assert_close(bounds, shares.cumsum(axis=0) - shares[0], ORACLE_TOLERANCE)
     assert not np.asarray(bounds[0]).any()
     assert (np.diff(bounds, axis=0) > 0).all()
     assert np.asarray(bounds).max() < 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.mixers import harness as h
-from tests.trees import FLOAT32_TOLERANCE, assert_close
+from tests.trees import ORACLE_TOLERANCE, assert_close
 from zoo.mixers import MIXERS, Mamba2
 
 LIMITED = next(example for example in MIXERS.get("mamba2").examples if example.dt_limit != (0.0, math.inf))
@@ -17,7 +17,7 @@ def test_gate_without_a_norm():
     config = Mamba2(heads=2, head_width=4, state=3, norm=None)
     params, x = h.params_of(config), h.inputs(30)
     y, _ = h.forward(config)(params, x, h.contiguous(0, h.LENGTH), h.fresh(config))
-    assert_close(y, h.oracle(config, params, x), FLOAT32_TOLERANCE)
+    assert_close(y, h.oracle(config, params, x), ORACLE_TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import zoo
-from tests.trees import FLOAT32_TOLERANCE, assert_close, assert_trees_equal, fast_jit, redraw
+from tests.trees import ORACLE_TOLERANCE, assert_close, assert_trees_equal, fast_jit, redraw
 from zoo.adapters import lora
 from zoo.core.context import SeqContext
 from zoo.core.params import count, flatten, update
@@ -66,7 +66,7 @@ def test_without_decay_and_norm_it_is_unnormalised_linear_attention():
     for b, t, h in np.ndindex(2, 11, 4):
         head = sum((q[b, t, h] @ k[b, s, h // 2]) * v[b, s, h // 2] for s in range(t + 1))
         expected[b, t] += head @ old["o"][h]
-    assert_close(y, expected, FLOAT32_TOLERANCE)
+    assert_close(y, expected, ORACLE_TOLERANCE)
 
 
 @pytest.mark.parametrize("to", ["mamba2_attention", pytest.param("hedgehog", marks=pytest.mark.slow)])

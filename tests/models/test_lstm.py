@@ -70,11 +70,11 @@ def test_variants_match_the_oracle(name):
         return np.sum(y * of_y) + np.sum(c * of_state[0]) + np.sum(y[-1] * of_state[1])
 
     expected, c, gates = lstm_states(config, to_float64(params), to_float64(x))
-    assert_close(y, expected, FLOAT32_TOLERANCE, "y")
-    assert_close(state.c[0], c, FLOAT32_TOLERANCE, "c")
-    assert_close(state.y[0], expected[-1], FLOAT32_TOLERANCE, "last y")
+    assert_close(y, expected, ORACLE_TOLERANCE, "y")
+    assert_close(state.c[0], c, ORACLE_TOLERANCE, "c")
+    assert_close(state.y[0], expected[-1], ORACLE_TOLERANCE, "last y")
     if config.gate_recurrence:
-        assert_close(state.gates[0], np.stack(list(gates.values())), FLOAT32_TOLERANCE, "gates")
+        assert_close(state.gates[0], np.stack(list(gates.values())), ORACLE_TOLERANCE, "gates")
     else:
         assert state.gates is None
 
