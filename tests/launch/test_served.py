@@ -125,6 +125,7 @@ def test_masked_diffusion_in_steps_draws_their_times():
     assert_close(served("masked_diffusion", steps=4)(parameters(1), batch, KEY).loss_sum, want.loss_sum, ROUNDING)
 
 
+@pytest.mark.slow
 def test_learnt_powers_are_of_all_classes_but_the_mask_token():
     batch = draw_batch()
     batch["targets"] = np.where(batch["targets"] == MASK_TOKEN, 5, batch["targets"])

@@ -70,7 +70,7 @@ def check(q, k, v, cotangents=None, grad_tolerance=F32_GRAD_TOLERANCE, **argumen
     [
         (1, 1, 1, 8, 8, {}),
         (35, 2, 1, 8, 4, {"soft_cap": 2.0, "scale": -0.7}),
-        (53, 1, 1, 4, 8, {"window": 17}),
+        pytest.param(53, 1, 1, 4, 8, {"window": 17}, marks=pytest.mark.slow),
         (25, 2, 1, 9, 8, {"soft_cap": 5.0}),  # dk and dv by kernels of their own
     ],
 )
@@ -124,7 +124,10 @@ def test_steps_without_a_common_document_are_not_loaded(small):
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "grad_tolerance"),
-    [(jnp.bfloat16, BF16_TOLERANCE, BF16_TOLERANCE), (jnp.float32, F32_TOLERANCE, F32_GRAD_TOLERANCE)],
+    [
+        pytest.param(jnp.bfloat16, BF16_TOLERANCE, BF16_TOLERANCE, marks=pytest.mark.slow),
+        (jnp.float32, F32_TOLERANCE, F32_GRAD_TOLERANCE),
+    ],
 )
 def test_either_forward_meets_the_other_backward_through_the_op(small, dtype, tolerance, grad_tolerance):
     q, k, v = draw(12, 1, 20, 1, 1, 64, 64, dtype=dtype)

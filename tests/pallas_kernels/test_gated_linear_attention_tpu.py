@@ -119,7 +119,7 @@ def test_a_reset_drops_even_a_state_that_is_not_finite(decay):
     [
         ("head", {"heads": 4, "groups": 1, "key": 8, "value": 64}, 1.0),  # two heads side by side, in two steps
         ("head", {"heads": 3, "groups": 1, "key": 4, "value": 6}, -0.7),
-        ("constant", {"heads": 2, "groups": 2, "key": 130, "value": 140}, None),
+        pytest.param("constant", {"heads": 2, "groups": 2, "key": 130, "value": 140}, None, marks=pytest.mark.slow),
         ("channel", {"heads": 4, "groups": 1, "key": 130, "value": 70}, -0.7),
     ],
 )
@@ -152,7 +152,7 @@ def test_gradients_do_not_meet_across_documents_not_even_by_rounding(decay):
     assert (np.asarray(gradients["state"]) == 0).all()
 
 
-@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("decay", [pytest.param("head", marks=pytest.mark.slow), "channel"])
 def test_no_races_and_no_memory_read_before_it_is_written(monkeypatch, decay):
     monkeypatch.setattr(mosaic_tpu_layout, "MAX_LANES", 128)
     with simulate():
@@ -177,7 +177,7 @@ def test_bfloat16_inputs_with_float32_state_and_no_races(decay):
         assert_close(actual[name], gradients[name], BFLOAT16_TOLERANCE, name)
 
 
-@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("decay", [pytest.param("head", marks=pytest.mark.slow), "channel"])
 def test_vmap_scan_checkpoint_and_two_calls_of_one_program(decay):
     """Each row alone, through two layers of a scan whose body is recomputed, and once more outside of it."""
     args = draw(decay, 2, 20)

@@ -366,6 +366,7 @@ def test_bfloat16_inputs_with_float32_state(length):
     assert y.dtype == jnp.float32, "the output has the dtype of v"
 
 
+@pytest.mark.slow
 def test_transformations():
     args = draw(2, 2 * CHUNK + 1)
 

@@ -55,6 +55,7 @@ def test_documents_and_poisoned_padding(layout):
         check(draw(3, CHUNK + 5, seed=8), *masks(layout, 3, CHUNK + 5))
 
 
+@pytest.mark.slow
 def test_no_races_and_no_memory_read_before_it_is_written():
     with simulate():
         check(draw(1, CHUNK + 5), *masks("packed", 1, CHUNK + 5))
