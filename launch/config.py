@@ -137,8 +137,13 @@ def check_resume(path: pathlib.Path, config: Mapping[str, Any], fingerprint: str
       fingerprint: of the data.
 
     Raises:
-      ConfigError: names every key that differs, with both values.
+      ConfigError: names every key that differs, with both values; there is no such file.
     """
+    if not path.exists():
+        raise ConfigError(
+            f"{path.parent} holds checkpoints and no {path.name}, which says what run they are of; put it back, or use "
+            "another --workdir"
+        )
     saved = json.loads(path.read_text())
     defaults, old, new = (flatten(c) for c in (to_dict(base.get_config()), saved["config"], to_dict(config)))
     known = {key[: end.start()] for key in old for end in re.finditer(r"\.|$", key)}  # keys and what holds them

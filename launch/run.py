@@ -302,9 +302,10 @@ def _initial_params(plain: dict[str, Any], model: Model, source: start.Source) -
 
 def _restore(config: dict[str, Any], workdir: pathlib.Path, *, mesh: Mesh, rules: Rules) -> start.Source:
     """Model and parameters (with adapters merged) of the checkpoint of another run that its config names."""
-    # What the run learnt with is of no interest but for the parameters that it had beside the model's.
-    objective = config_lib.to_dict(base.get_config())["objective"]
-    program = assemble({**config, "objective": objective}, mesh, rules, like=config)
+    # What the run learnt with, and from, is of no interest but for the parameters that it had beside the model's.
+    defaults = config_lib.to_dict(base.get_config())
+    learning = {key: defaults[key] for key in ("objective", "teacher", "rollout", "data")}
+    program = assemble({**config, **learning}, mesh, rules, like=config)
     metric = data_lib.metrics(config)[0]
     checkpoints = Checkpoints(workdir / "checkpoints", metric=metric, read_only=True)
     state = checkpoints.restore(program.abstract, step=checkpoints.find(config["evaluate"]["checkpoint"]))

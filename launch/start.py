@@ -67,14 +67,14 @@ def read(config: Mapping[str, Any], key: str, restore: Callable[[dict[str, Any],
 
 
 def _saved(workdir: pathlib.Path, checkpoint: str) -> tuple[dict[str, Any], pathlib.Path]:
-    """The config of another run, reduced to what its parameters depend on."""
+    """The config of another run, from which `checkpoint` is read, and its workdir."""
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} holds no run: there is no {path.name}")
     defaults = config_lib.to_dict(base.get_config())
     saved = {**defaults, **json.loads(path.read_text())["config"]}
     saved["evaluate"]["checkpoint"] = checkpoint
-    return {**saved, **{key: defaults[key] for key in ("teacher", "rollout")}}, workdir
+    return saved, workdir
 
 
 def conversion_of_run(model: dict[str, Any], workdir: str) -> dict[str, Any]:

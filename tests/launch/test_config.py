@@ -110,6 +110,8 @@ def test_resolve_fills_in_what_is_open():
 
 def test_resume_may_change_where_and_how_long(tmp_path):
     path = tmp_path / "config.json"
+    with pytest.raises(ConfigError, match=r"no config\.json, which says what run they are of; put it back"):
+        config_lib.check_resume(path, resolve(changed(), 300), "f")
     config_lib.save(path, resolve(changed(optimizer__schedule__steps=50), 300), data_fingerprint="f")
     other = changed(optimizer__schedule__steps=50, steps=9, mesh__fsdp=2, rules__name="fsdp", log__every=1)
     config_lib.check_resume(path, resolve(other, 300), "f")

@@ -134,6 +134,7 @@ def student_config(config, teacher):
     return config
 
 
+@pytest.mark.slow
 def test_a_converted_run_learns_from_the_one_it_starts_from(finished, config, tmp_path):
     teacher = build(config.copy_and_resolve_references(), finished).restore_params()[1]
     run = build(student_config(config, finished), tmp_path)

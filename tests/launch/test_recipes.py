@@ -1,13 +1,20 @@
 """Runs on responses: fine-tuning, pairs with a reference of either kind, labels, rewards, drawn responses."""
 
+import functools
 import itertools
 import json
 
+import chex
+import jax
 import numpy as np
 import pytest
 
 from launch import data as data_lib
+from launch import mesh as mesh_lib
+from launch import run as run_lib
+from launch import start as start_lib
 from launch import train
+from launch.checkpoints import Checkpoints
 from launch.config import ConfigError
 from launch.configs import grpo, kto, masked_diffusion, preference, responses, reward, rho1, sft, spin, unlearning
 from launch.metrics import read_csv
@@ -52,6 +59,41 @@ def test_fine_tuning_learns_responses(tuned):
     assert "1+2=" in (tuned / "samples.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "learnt_with",
+    [
+        {"objective": {"name": "grpo"}, "rollout": {"name": "policy"}, "metric": "reward"},
+        {"objective": {"name": "npo"}, "teacher": {"name": "initial"}, "data": {"forget": {"name": "arithmetic"}}},
+        {
+            "objective": {"name": "bradley_terry"},
+            "data": {"source": {"name": "arithmetic", "kind": "ranked", "ties": True}},
+        },
+    ],
+    ids=lambda learnt_with: learnt_with["objective"]["name"],
+)
+def test_a_run_of_any_kind_is_a_start(tuned, tmp_path, learnt_with, monkeypatch):
+    """Whatever the run learnt with, its checkpoints are read, and compared by its own metric."""
+    content = json.loads((tuned / "config.json").read_text())
+    metric = learnt_with.get("metric", "loss")
+    for key in learnt_with.keys() - {"metric"}:
+        content["config"][key].update(learnt_with[key])
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "checkpoints").symlink_to(tuned / "checkpoints")
+    asked = []
+
+    class Read(Checkpoints):
+        def __init__(self, *args, **options):
+            asked.append(options["metric"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(run_lib, "Checkpoints", Read)
+    mesh, rules = mesh_lib.make(content["config"])
+    config = {"initial": {"name": "run", "workdir": str(tmp_path)}}
+    model, params = start_lib.read(config, "initial", functools.partial(run_lib._restore, mesh=mesh, rules=rules))
+    assert asked == [metric]
+    jax.tree.map(lambda spec, leaf: chex.assert_shape(leaf, spec.shape), model.param_specs(), params)
+
+
 def test_a_precomputed_reference_trains_the_same(tuned, tmp_path):
     for name in ("computed", "precomputed"):
         config = tiny(preference.get_config(), 4, tuned)
@@ -69,6 +111,7 @@ def test_a_precomputed_reference_trains_the_same(tuned, tmp_path):
     assert (kept < 0).any(axis=2).all()
 
 
+@pytest.mark.slow
 def test_drawn_responses_are_a_function_of_the_step(tuned, tmp_path):
     def config(steps):
         made = tiny(grpo.get_config(), steps, tuned)

@@ -25,7 +25,7 @@ from zoo.core.params import abstract, flatten
 from zoo.mixers import MIXERS, mixer_of
 
 DIFFERENCE_STEP = 1e-6  # of central differences in float64: error about step^2 + 1e-16 / step
-COMPOSED = ("zamba_block-0",)  # of mixers that the battery runs by themselves
+COMPOSED = ("mlstm_block-0", "zamba_block-0")  # of mixers that the battery runs by themselves
 ELSEWHERE = ("mlgru-1", "mlgru-2")  # tests/models has whole models of these in every run
 WITH_OPS = [case for case in h.CASES if not case[0].startswith("mlp")]
 

@@ -122,7 +122,8 @@ def test_decoding_costs_the_same_at_every_position(name):
         assert_trees_equal((out.logits, moved), (first.logits, first.state), f"position {position}")
 
 
-@pytest.mark.parametrize("name", ["samba-tiny", pytest.param("llama-tiny", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["samba-tiny", "llama-tiny"])
 def test_scan_unroll_and_remat_agree(name):
     """Loss and gradients: scan, Python loop, and recomputation of everything or of all but matrix products."""
     plain, tokens = model_of(name), tokens_of(4)

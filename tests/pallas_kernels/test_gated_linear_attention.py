@@ -330,6 +330,7 @@ def test_bfloat16_inputs_with_float32_state(decay, length):
     assert y.dtype == jnp.float32, "the output has the dtype of v"
 
 
+@pytest.mark.slow
 def test_transformations():
     args = draw("channel", 2, 2 * CHUNK)
     cotangents = draw_cotangents(args)

@@ -258,6 +258,7 @@ def test_bfloat16_inputs_with_float32_state(length):
         assert_close(gradients[name], expected[name], BFLOAT16_TOLERANCE, name)
 
 
+@pytest.mark.slow
 def test_transformations():
     args = draw(2, 2 * CHUNK)
     check_transformations(run, args, draw_cotangents(args), GRADIENT_TOLERANCE)
