@@ -216,6 +216,7 @@ def test_accelerator_half_interpreted(small):
     assert decode[-1].metric == "forward, ms (mosaic_tpu against bfloat16 matmul)"
 
 
+@pytest.mark.slow
 def test_wrong_kernel_is_reported(small, monkeypatch):
     right = linear_scan_op.FORWARD["mosaic_tpu"]
 

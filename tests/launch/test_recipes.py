@@ -94,6 +94,7 @@ def test_a_run_of_any_kind_is_a_start(tuned, tmp_path, learnt_with, monkeypatch)
     jax.tree.map(lambda spec, leaf: chex.assert_shape(leaf, spec.shape), model.param_specs(), params)
 
 
+@pytest.mark.slow
 def test_a_precomputed_reference_trains_the_same(tuned, tmp_path):
     for name in ("computed", "precomputed"):
         config = tiny(preference.get_config(), 4, tuned)

@@ -125,10 +125,11 @@ def test_steps_without_a_common_document_are_not_loaded(small):
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "grad_tolerance"),
     [
-        pytest.param(jnp.bfloat16, BF16_TOLERANCE, BF16_TOLERANCE, marks=pytest.mark.slow),
+        (jnp.bfloat16, BF16_TOLERANCE, BF16_TOLERANCE),
         (jnp.float32, F32_TOLERANCE, F32_GRAD_TOLERANCE),
     ],
 )
+@pytest.mark.slow
 def test_either_forward_meets_the_other_backward_through_the_op(small, dtype, tolerance, grad_tolerance):
     q, k, v = draw(12, 1, 20, 1, 1, 64, 64, dtype=dtype)
     arrays, options = (q, k, v, None, None, None, None), {"window": 9, "scale": 0.1, "soft_cap": None}

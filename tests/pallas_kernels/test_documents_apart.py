@@ -133,7 +133,7 @@ def test_linear_scan_gpu_kernels():
     check(call, lambda seed: draw(seed=seed), test_linear_scan.draw_cotangents, ("a", "b"), cuts)
 
 
-@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("decay", ["head", pytest.param("channel", marks=pytest.mark.slow)])
 def test_gated_linear_attention_gpu_kernels(decay):
     length, cuts = 100, (30, 90)
 
