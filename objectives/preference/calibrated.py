@@ -64,6 +64,12 @@ def calibrated(
     return dataclasses.replace(output, metrics=output.metrics | metrics)
 
 
+def of_four(*statistics: LogProbs) -> dict[str, LogProbs]:
+    """The statistics of policy and reference by the names that objectives have for them."""
+    names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
+    return dict(zip(names, statistics, strict=True))
+
+
 @register("mappo", category="preference", papers=("2507.21183",), proof=PROOF)
 def mappo(
     policy_chosen: LogProbs,
@@ -92,12 +98,7 @@ def mappo(
     Raises:
       ValueError: as `dpo`; scores that are not [B].
     """
-    statistics = {
-        "policy_chosen": policy_chosen,
-        "policy_rejected": policy_rejected,
-        "ref_chosen": ref_chosen,
-        "ref_rejected": ref_rejected,
-    }
+    statistics = of_four(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     return calibrated(dpo, statistics, score_chosen, score_rejected, beta=beta)
 
 
@@ -126,12 +127,7 @@ def mappo_ipo(
     Raises:
       ValueError: as `mappo`.
     """
-    statistics = {
-        "policy_chosen": policy_chosen,
-        "policy_rejected": policy_rejected,
-        "ref_chosen": ref_chosen,
-        "ref_rejected": ref_rejected,
-    }
+    statistics = of_four(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     options = {"beta": beta, "length_normalised": length_normalised}
     return calibrated(ipo, statistics, score_chosen, score_rejected, **options)
 
