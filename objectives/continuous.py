@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_range, check_shape
 from objectives.output import LossOutput
-from objectives.preference.pairs import check_range, check_shape
 from objectives.registry import register
 from zoo.core.registry import check_choice
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_shape
 from objectives.output import LossOutput
-from objectives.preference.pairs import check_positive, check_shape
 from objectives.registry import register
 
 LEAST_NORM = 1e-6

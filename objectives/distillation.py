@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_shape
 from objectives.contrastive import unit_vectors
 from objectives.language_model import cross_entropy
 from objectives.output import LossOutput
 from objectives.preference import dpo
-from objectives.preference.pairs import check_positive, check_range, check_shape
 from objectives.registry import register
 from objectives.statistics import LogProbs, is_concrete
 from zoo.core.registry import check_choice
@@ -112,10 +112,8 @@ def logit_distillation(
     """
     if teacher_logits.shape != logits.shape:
         raise ValueError(f"teacher_logits must be {logits.shape} as logits, got {teacher_logits.shape}")
-    if kl_weight < 0.0 or ce_weight < 0.0 or kl_weight + ce_weight == 0.0:
-        raise ValueError(f"kl_weight and ce_weight must be >= 0, one above, got {kl_weight} and {ce_weight}")
-    if not temperature > 0.0:
-        raise ValueError(f"temperature must be above 0, such as 1.0, got {temperature}")
+    check_range(0.0, math.inf, kl_weight=kl_weight, ce_weight=ce_weight)
+    check_positive(**{"kl_weight + ce_weight": kl_weight + ce_weight}, temperature=temperature)
     _check_beta(beta)
     hard = cross_entropy(logits, targets, loss_mask)
     mask = loss_mask.astype(jnp.float32)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from objectives.preference.pairs import check_range
+from objectives.checks import check_range
 
 Tree = Any
 

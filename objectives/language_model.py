@@ -6,8 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_range, check_shape, check_values_in
 from objectives.output import LossOutput
-from objectives.preference.pairs import check_range, check_shape, check_values_in
 from objectives.registry import register
 from objectives.statistics import check_targets
 from zoo.core.registry import check_choice

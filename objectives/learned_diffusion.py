@@ -9,9 +9,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_shape, check_values_in
 from objectives.diffusion import ABOVE_ZERO, LEAST_TIME
+from objectives.numerics import log1mexp
 from objectives.output import LossOutput
-from objectives.preference.pairs import check_positive, check_range, check_shape, check_values_in, log1mexp
 from objectives.registry import register
 from objectives.statistics import check_targets
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_shape, check_values_in
 from objectives.language_model import cross_entropy
 from objectives.output import LossOutput
-from objectives.preference.pairs import check_shape, check_values_in
 from objectives.registry import register
 
 Head = Callable[[jax.Array, Any, Any], jax.Array]

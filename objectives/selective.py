@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_range, check_shape
 from objectives.output import LossOutput
-from objectives.preference.pairs import check_range, check_shape
 from objectives.registry import register
 from objectives.statistics import check_targets, is_concrete, token_logps
 from pallas_kernels import partition

@@ -40,6 +40,19 @@ class LogProbs:
         return self.sum.shape[0] != self.per_token.shape[0]
 
 
+def log_ratio(policy: LogProbs, ref: LogProbs) -> jax.Array:
+    """h = log pi(y | x) - log ref(y | x), float32 [B]; the reference has no gradient."""
+    return policy.sum - jax.lax.stop_gradient(ref.sum)
+
+
+def has_tokens(first: LogProbs, *others: LogProbs) -> jax.Array:
+    """bool[B]: whether every response has counted tokens, which padding of a batch has not."""
+    valid = first.count > 0
+    for other in others:
+        valid = valid & (other.count > 0)
+    return valid
+
+
 def is_concrete(*arrays: Any) -> bool:
     """Whether the values of all arrays can be looked at, which they cannot while a function is traced."""
     return not any(isinstance(x, Tracer) for x in arrays)

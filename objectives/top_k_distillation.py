@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_shape, check_values_in
+from objectives.numerics import log1mexp
 from objectives.output import LossOutput
-from objectives.preference.pairs import check_shape, check_values_in, log1mexp
 from objectives.registry import register
 from zoo.core.registry import check_choice
 

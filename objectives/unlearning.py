@@ -13,20 +13,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_shape, check_statistics
 from objectives.contrastive import unit_vectors
 from objectives.distillation import function_matching
-from objectives.output import LossOutput
-from objectives.preference.pairs import (
-    check_positive,
-    check_range,
-    check_shape,
-    check_statistics,
-    counted,
-    log_ratio,
-    reduce_examples,
-)
+from objectives.output import LossOutput, reduce_examples
 from objectives.registry import register
-from objectives.statistics import LogProbs, check_targets, token_logps
+from objectives.statistics import LogProbs, check_targets, has_tokens, log_ratio, token_logps
 
 
 @register(
@@ -91,7 +83,7 @@ def npo(policy: LogProbs, ref: LogProbs, *, beta: float = 0.1) -> LossOutput:
     check_positive(beta=beta)
     h = log_ratio(policy, ref)
     metrics = {"log_ratio": h, "logp": policy.sum, "logp_mean": policy.mean}
-    return reduce_examples(2.0 / beta * jax.nn.softplus(beta * h), counted(policy, ref), metrics)
+    return reduce_examples(2.0 / beta * jax.nn.softplus(beta * h), has_tokens(policy, ref), metrics)
 
 
 @register(
@@ -119,7 +111,7 @@ def simnpo(policy: LogProbs, *, beta: float = 2.5, gamma: float = 0.0) -> LossOu
     check_statistics(policy=policy)
     check_positive(beta=beta)
     loss = 2.0 / beta * jax.nn.softplus(beta * policy.mean + gamma)
-    return reduce_examples(loss, counted(policy), {"logp": policy.sum, "logp_mean": policy.mean})
+    return reduce_examples(loss, has_tokens(policy), {"logp": policy.sum, "logp_mean": policy.mean})
 
 
 @register(

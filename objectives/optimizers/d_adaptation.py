@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from objectives.checks import check_positive, check_range
 from objectives.optimizers import common
 from objectives.optimizers.registry import register
-from objectives.preference.pairs import check_positive, check_range
 
 PROOF = "test_parity.py::test_d_adaptation_against_the_authors_package"
 
 
 def _check(estimate: float, growth_rate: float, momentum: float, weight_decay: float) -> None:
     check_positive(initial_estimate=estimate)
-    check_range(1.0, math.inf, growth_rate=growth_rate)
+    check_range(1.0, math.inf, finite=False, growth_rate=growth_rate)
     check_range(0.0, 1.0, open_high=True, momentum=momentum)
     check_range(0.0, math.inf, weight_decay=weight_decay)
 

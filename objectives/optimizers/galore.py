@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from objectives.checks import check_positive, check_range
 from objectives.optimizers import common
 from objectives.optimizers import layout as layout_lib
 from objectives.optimizers.layout import Layout
 from objectives.optimizers.registry import register
-from objectives.preference.pairs import check_positive, check_range
 from zoo.core.params import Tree
 from zoo.core.registry import check_choice
 

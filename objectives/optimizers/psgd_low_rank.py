@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from objectives.checks import check_positive, check_range
 from objectives.optimizers import common
 from objectives.optimizers.registry import register
-from objectives.preference.pairs import check_positive, check_range
 from zoo.core.params import Tree
 
 BALANCE_EVERY = 100  # updates of the preconditioner; psgd-jax balances with probability 1 / 100

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import optax
 
+from objectives.checks import check_positive, check_range
 from objectives.optimizers import layout as layout_lib
 from objectives.optimizers.layout import Layout
-from objectives.preference.pairs import check_positive, check_range
 from zoo.core.params import Tree
 
 HORIZON_EXPONENT = 0.32

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from objectives.checks import check_positive, check_range
 from objectives.optimizers import common
 from objectives.optimizers import layout as layout_lib
 from objectives.optimizers.layout import Layout
 from objectives.optimizers.registry import register
-from objectives.preference.pairs import check_positive, check_range
 from zoo.core.params import Tree
 
 
@@ -43,7 +43,8 @@ def scale_by_sai(
 ) -> optax.GradientTransformation:
     """gain times the momentum of the gradient; see `sgd_sai`."""
     check_range(0.0, 1.0, open_high=True, momentum=momentum)
-    check_positive(eps=eps, max_gain=max_gain)
+    check_positive(eps=eps)
+    check_positive(finite=False, max_gain=max_gain)
 
     def init(params: Any) -> ScaleBySaiState:
         def zero_gain(p: jax.Array, how: Layout) -> jax.Array:

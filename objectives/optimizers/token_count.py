@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from objectives.preference.pairs import check_positive
+from objectives.checks import check_positive
 
 
 def scale_by_token_count(reference: float) -> optax.GradientTransformationExtraArgs:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from objectives.checks import check_range
 from objectives.optimizers import layout as layout_lib
 from objectives.optimizers.layout import Layout
-from objectives.preference.pairs import check_range
 from zoo.core.params import Tree, path_string
 
 LEAST_SHARE = 0.4999  # of the authors' code: below it two factors save nothing

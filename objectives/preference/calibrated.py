@@ -14,12 +14,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.checks import check_shape, check_statistics
+from objectives.output import LossOutput, reduce_examples
 from objectives.preference.dpo import dpo, ipo
 from objectives.preference.reference_free import cpo, simpo
 from objectives.registry import Objective, register
-from objectives.statistics import LogProbs
+from objectives.statistics import LogProbs, has_tokens
 
 PROOF = "test_calibrated.py::test_is_its_definition"
 
@@ -49,9 +49,9 @@ def calibrated(
     Raises:
       ValueError: as of the loss; scores that are not [B].
     """
-    pairs.check_statistics(**statistics)
+    check_statistics(**statistics)
     chosen, rejected = statistics["policy_chosen"], statistics["policy_rejected"]
-    pairs.check_shape(rejected.sum.shape, score_chosen=score_chosen, score_rejected=score_rejected)
+    check_shape(rejected.sum.shape, score_chosen=score_chosen, score_rejected=score_rejected)
     gap = score_gap(score_chosen, score_rejected)
 
     def scaled(side: LogProbs) -> LogProbs:
@@ -60,7 +60,7 @@ def calibrated(
     names = ("policy_rejected", "ref_rejected")
     output = loss(**{name: scaled(x) if name in names else x for name, x in statistics.items()}, **options)
     plain = {"logp_rejected": rejected.sum, "logp_mean_rejected": rejected.mean, "score_gap": gap}
-    metrics = pairs.reduce_examples(gap, pairs.counted(chosen, rejected), plain).metrics
+    metrics = reduce_examples(gap, has_tokens(chosen, rejected), plain).metrics
     return dataclasses.replace(output, metrics=output.metrics | metrics)
 
 

@@ -9,11 +9,12 @@ gradient accumulation. Exponentials of -r end at e^20.
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.preference.dpo import log_ratios
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
-from objectives.statistics import LogProbs
+from objectives.statistics import LogProbs, has_tokens
 
 PROOF = "test_discovered.py::test_is_its_definition"
 MAX_EXPONENT = 20.0
@@ -23,7 +24,7 @@ def _rewards(
     policy_chosen: LogProbs, policy_rejected: LogProbs, ref_chosen: LogProbs, ref_rejected: LogProbs, beta: float
 ) -> tuple[jax.Array, jax.Array]:
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
+    check_positive(beta=beta)
     return beta * h_w, beta * h_l
 
 
@@ -74,12 +75,12 @@ def discopop(
       tau: scale of r in the weights, above 0.
     """
     r_w, r_l = _rewards(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    pairs.check_positive(tau=tau)
+    check_positive(tau=tau)
     r = r_w - r_l
     # g e^-r as one exponential: where r is far below 0, g vanishes faster than e^-r grows.
     blended = _exp(jax.nn.log_sigmoid(r / tau) - r)
     loss = jax.nn.sigmoid(-r / tau) * jax.nn.softplus(-r) + blended
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("cell", category="preference", papers=("2406.08414",), proof=PROOF)
@@ -103,7 +104,7 @@ def cell(
     r_w, r_l = _rewards(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     r = r_w - r_l
     loss = 0.5 * (jax.nn.softplus(-r) + _exp(-r))
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("padll", category="preference", papers=("2406.08414",), proof=PROOF)
@@ -127,7 +128,7 @@ def padll(
     r_w, r_l = _rewards(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
     r = r_w - r_l
     loss = jnp.where(r < 0, 0.45, 0.9) * jax.nn.softplus(-r)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("dbaql", category="preference", papers=("2406.08414",), proof=PROOF)
@@ -153,11 +154,11 @@ def dbaql(
       tau: scale of r in the weights, above 0.
     """
     r_w, r_l = _rewards(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    pairs.check_positive(tau=tau)
+    check_positive(tau=tau)
     r = r_w - r_l
-    blend = _variance(r / tau, pairs.counted(policy_chosen, policy_rejected))
+    blend = _variance(r / tau, has_tokens(policy_chosen, policy_rejected))
     loss = jax.nn.sigmoid(blend) * jax.nn.softplus(-r / 0.9) + jax.nn.sigmoid(-blend) * _exp(-0.9 * r)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("aql", category="preference", papers=("2406.08414",), proof=PROOF)
@@ -184,12 +185,12 @@ def aql(
       tau: scale of r in the weights, above 0.
     """
     r_w, r_l = _rewards(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    pairs.check_positive(tau=tau)
+    check_positive(tau=tau)
     r = r_w - r_l
-    mean = _mean(r / tau, pairs.counted(policy_chosen, policy_rejected))
+    mean = _mean(r / tau, has_tokens(policy_chosen, policy_rejected))
     x = 0.5 + 0.01 * (jax.nn.sigmoid(mean) - 0.5) - r / tau
     loss = jax.nn.sigmoid(x) * jax.nn.softplus(-r) + jax.nn.sigmoid(-x) * jax.nn.relu(1.0 - r)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("aqfl", category="preference", papers=("2406.08414",), proof=PROOF)
@@ -216,14 +217,14 @@ def aqfl(
       tau: scale of r in the weights, above 0.
     """
     r_w, r_l = _rewards(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    pairs.check_positive(tau=tau)
+    check_positive(tau=tau)
     r = r_w - r_l
-    x, valid = r / tau, pairs.counted(policy_chosen, policy_rejected)
+    x, valid = r / tau, has_tokens(policy_chosen, policy_rejected)
     quantile = _deviation(x, valid) * _mean(jax.nn.sigmoid(-x), valid)
     quantile = quantile + 0.05 * (jax.nn.sigmoid(_mean(x, valid)) - quantile)
     distance = 0.1 * jnp.abs(x - quantile)
     loss = jax.nn.sigmoid(distance) * jax.nn.softplus(-r) + jax.nn.sigmoid(-distance) * jax.nn.relu(1.0 - r)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("pfl", category="preference", papers=("2406.08414",), proof=PROOF)
@@ -248,4 +249,4 @@ def pfl(
     r = r_w - r_l
     right = policy_chosen.sum > policy_rejected.sum
     loss = jnp.where(right, 0.5 * jax.nn.softplus(-r), 2.0 * jax.nn.relu(1.0 - r))
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)

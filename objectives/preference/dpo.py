@@ -10,10 +10,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_statistics
+from objectives.numerics import box_cox
 from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
-from objectives.statistics import LogProbs
+from objectives.statistics import LogProbs, log_ratio
 from zoo.core.registry import check_choice
 
 PROOF = "test_trl_goldens.py::test_values_and_gradients"
@@ -28,13 +30,13 @@ def log_ratios(
     Raises:
       ValueError: not LogProbs, or of different numbers of responses.
     """
-    pairs.check_statistics(
+    check_statistics(
         policy_chosen=policy_chosen,
         policy_rejected=policy_rejected,
         ref_chosen=ref_chosen,
         ref_rejected=ref_rejected,
     )
-    return pairs.log_ratio(policy_chosen, ref_chosen), pairs.log_ratio(policy_rejected, ref_rejected)
+    return log_ratio(policy_chosen, ref_chosen), log_ratio(policy_rejected, ref_rejected)
 
 
 def per_token(x: jax.Array, responses: LogProbs) -> jax.Array:
@@ -62,7 +64,7 @@ def divergence_score(h: jax.Array, divergence: str, alpha: jax.Array | float) ->
     """
     if divergence == "js":
         return math.log(2.0) - jax.nn.softplus(-h)
-    return pairs.box_cox(h, {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha": -alpha}[divergence])
+    return box_cox(h, {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha": -alpha}[divergence])
 
 
 @register("dpo", category="preference", papers=("2305.18290", "2309.16240", "2404.19733"), proof=PROOF)
@@ -106,22 +108,22 @@ def dpo(
       nll_weight: at least 0.
 
     Returns:
-      LossOutput: weight = number of pairs; metrics as `pairs.reduce_pairs`, rewards beta h (or beta f'(u)).
+      LossOutput: weight = number of pairs; metrics as `reduce_pairs`, rewards beta h (or beta f'(u)).
 
     Raises:
       ValueError: numbers of responses disagree or an option is out of range.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)
-    pairs.check_range(0.0, 1.0, divergence_alpha=divergence_alpha)
-    pairs.check_range(0.0, math.inf, nll_weight=nll_weight)
+    check_positive(beta=beta)
+    check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)
+    check_range(0.0, 1.0, divergence_alpha=divergence_alpha)
+    check_range(0.0, math.inf, nll_weight=nll_weight)
     check_choice("divergence", divergence, DIVERGENCES)
     r_w, r_l = (beta * divergence_score(h, divergence, divergence_alpha) for h in (h_w, h_l))
     if length_normalised:
         r_w, r_l = per_token(r_w, policy_chosen), per_token(r_l, policy_rejected)
     loss = smoothed_preference(r_w - r_l, 1.0 - label_smoothing) - nll_weight * policy_chosen.mean
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("robust_dpo", category="preference", papers=("2403.00409",), proof=PROOF)
@@ -143,12 +145,12 @@ def robust_dpo(
       label_smoothing: e, in [0, 0.5).
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)
+    check_positive(beta=beta)
+    check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)
     x = beta * (h_w - h_l)
     loss = (1.0 - label_smoothing) * jax.nn.softplus(-x) - label_smoothing * jax.nn.softplus(x)
     loss = loss / (1.0 - 2.0 * label_smoothing)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
 
 
 @register("hinge", category="preference", papers=("2305.10425", "2309.06657"), proof=PROOF)
@@ -166,9 +168,9 @@ def hinge(
       beta: scale of the margin, above 0.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
+    check_positive(beta=beta)
     loss = jax.nn.relu(1.0 - beta * (h_w - h_l))
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
 
 
 @register("ipo", category="preference", papers=("2310.12036",), proof=PROOF)
@@ -188,11 +190,11 @@ def ipo(
       length_normalised: whether h is divided by the number of tokens, as TRL does since its version 1.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
+    check_positive(beta=beta)
     if length_normalised:
         h_w, h_l = per_token(h_w, policy_chosen), per_token(h_l, policy_rejected)
     loss = jnp.square(h_w - h_l - 1.0 / (2.0 * beta))
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
 
 
 @register("exo", category="preference", papers=("2402.00856",), proof=PROOF)
@@ -214,13 +216,13 @@ def exo(
       label_smoothing: e, in (0, 0.5): at 0 the divergence is infinite.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta, label_smoothing=label_smoothing)
-    pairs.check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)
+    check_positive(beta=beta, label_smoothing=label_smoothing)
+    check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)
     x = beta * (h_w - h_l)
     log_q, log_p = jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x)
     right = jnp.exp(log_q) * (log_q - jnp.log1p(-label_smoothing))
     loss = right + jnp.exp(log_p) * (log_p - jnp.log(label_smoothing))
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
 
 
 @register("nca", category="preference", papers=("2402.05369",), proof=PROOF)
@@ -240,7 +242,7 @@ def nca(
       beta: strength of the pull to the reference, above 0.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
+    check_positive(beta=beta)
     r_w, r_l = beta * h_w, beta * h_l
     loss = jax.nn.softplus(-r_w) + 0.5 * jax.nn.softplus(r_w) + 0.5 * jax.nn.softplus(r_l)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)

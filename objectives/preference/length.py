@@ -8,9 +8,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_statistics, check_unpacked
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.preference.dpo import log_ratios
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
 from objectives.statistics import LogProbs
 
@@ -72,14 +73,14 @@ def ld_dpo(
         "ref_chosen": ref_chosen,
         "ref_rejected": ref_rejected,
     }
-    pairs.check_statistics(**statistics)
-    pairs.check_unpacked(**statistics)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, 1.0, alpha=alpha)
+    check_statistics(**statistics)
+    check_unpacked(**statistics)
+    check_positive(beta=beta)
+    check_range(0.0, 1.0, alpha=alpha)
     policy = discount_tails(policy_chosen, policy_rejected, alpha)
     h_w, h_l = log_ratios(*policy, *discount_tails(ref_chosen, ref_rejected, alpha))
     loss = jax.nn.softplus(-beta * (h_w - h_l))
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
 
 
 @register("r_dpo", category="preference", papers=("2403.19159", "2406.11817"), proof="test_identities.py::test_r_dpo")
@@ -114,8 +115,8 @@ def r_dpo(
       ValueError: as `dpo`.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, math.inf, alpha=alpha)
+    check_positive(beta=beta)
+    check_range(0.0, math.inf, alpha=alpha)
     longer = policy_chosen.count - policy_rejected.count
     loss = jax.nn.softplus(-(beta * (h_w - h_l) + alpha * longer))
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)

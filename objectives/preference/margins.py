@@ -7,11 +7,12 @@ response to the reference, d = h_w - h_l, sp the softplus. All take the four sta
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_shape, check_statistics, check_values_among
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.preference.dpo import log_ratios
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
-from objectives.statistics import LogProbs
+from objectives.statistics import LogProbs, has_tokens, log_ratio
 from objectives.ties import tie_nll
 
 
@@ -39,10 +40,10 @@ def dpo_shift(
       LossOutput: as `dpo`, with rewards beta h_w and f beta h_l.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta, shift=shift)
-    pairs.check_range(0.0, 1.0, shift=shift)
+    check_positive(beta=beta, shift=shift)
+    check_range(0.0, 1.0, shift=shift)
     r_w, r_l = beta * h_w, beta * shift * h_l
-    return pairs.reduce_pairs(jax.nn.softplus(r_l - r_w), policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(jax.nn.softplus(r_l - r_w), policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("todo", category="preference", papers=("2411.02442",), proof="test_margins.py::test_is_its_definition")
@@ -71,13 +72,13 @@ def todo(
       LossOutput: as `dpo`; metrics also tie, and tie_nll, the loss of the ties.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta, tie_width=tie_width)
-    pairs.check_shape(h_w.shape, tie=tie)
-    pairs.check_values_among((0, 1), where=pairs.counted(policy_chosen, policy_rejected), tie=tie)
+    check_positive(beta=beta, tie_width=tie_width)
+    check_shape(h_w.shape, tie=tie)
+    check_values_among((0, 1), where=has_tokens(policy_chosen, policy_rejected), tie=tie)
     tie = jnp.asarray(tie, bool)
     r_w, r_l = beta * h_w, beta * h_l
     win, draw = jax.nn.softplus(tie_width - (r_w - r_l)), tie_nll(r_w - r_l, tie_width)
-    return pairs.reduce_pairs(
+    return reduce_pairs(
         jnp.where(tie, draw, win),
         policy_chosen,
         policy_rejected,
@@ -116,12 +117,12 @@ def selm(
       LossOutput: as `dpo`; metrics also log_ratio_sampled (h_s).
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_statistics(policy_chosen=policy_chosen, policy_sampled=policy_sampled, ref_sampled=ref_sampled)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, float("inf"), optimism=optimism)
-    h_s = pairs.log_ratio(policy_sampled, ref_sampled)
+    check_statistics(policy_chosen=policy_chosen, policy_sampled=policy_sampled, ref_sampled=ref_sampled)
+    check_positive(beta=beta)
+    check_range(0.0, float("inf"), optimism=optimism)
+    h_s = log_ratio(policy_sampled, ref_sampled)
     loss = jax.nn.softplus(-beta * (h_w - h_l)) + optimism * beta * h_s
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, log_ratio_sampled=h_s)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, log_ratio_sampled=h_s)
 
 
 @register("wrpo", category="preference", papers=("2412.03187",), proof="test_margins.py::test_is_its_definition")
@@ -154,12 +155,12 @@ def wrpo(
       LossOutput: as `dpo`, with the weighted reward as the chosen one; metrics also reward_source and reward_target.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_statistics(policy_chosen=policy_chosen, policy_target=policy_target, ref_target=ref_target)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, 1.0, source_weight=source_weight)
-    source, target = beta * h_w, beta * pairs.log_ratio(policy_target, ref_target)
+    check_statistics(policy_chosen=policy_chosen, policy_target=policy_target, ref_target=ref_target)
+    check_positive(beta=beta)
+    check_range(0.0, 1.0, source_weight=source_weight)
+    source, target = beta * h_w, beta * log_ratio(policy_target, ref_target)
     r_w, r_l = source_weight * source + (1.0 - source_weight) * target, beta * h_l
-    return pairs.reduce_pairs(
+    return reduce_pairs(
         jax.nn.softplus(r_l - r_w), policy_chosen, policy_rejected, r_w, r_l, reward_source=source, reward_target=target
     )
 
@@ -190,9 +191,9 @@ def phantom(
     Returns:
       LossOutput: as `dpo`, with rewards beta m; metrics also nll (-m_w).
     """
-    pairs.check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, float("inf"), nll_weight=nll_weight)
+    check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
+    check_positive(beta=beta)
+    check_range(0.0, float("inf"), nll_weight=nll_weight)
     r_w, r_l = beta * policy_chosen.mean, beta * policy_rejected.mean
     loss = jax.nn.softplus(margin - (r_w - r_l)) - nll_weight * policy_chosen.mean
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l, nll=-policy_chosen.mean)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l, nll=-policy_chosen.mean)

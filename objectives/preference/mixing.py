@@ -7,11 +7,12 @@ policy has sampled.
 import jax
 import jax.numpy as jnp
 
-from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.checks import check_positive, check_shape, check_statistics, check_values_in
+from objectives.output import LossOutput, reduce_examples
 from objectives.preference.dpo import log_ratios
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
-from objectives.statistics import LogProbs
+from objectives.statistics import LogProbs, has_tokens
 
 PROOF = "test_mixing.py::test_is_its_definition"
 
@@ -57,10 +58,10 @@ def _losses(off: tuple[LogProbs, ...], on: tuple[LogProbs, ...], weight: jax.Arr
     """((h_w, h_l) of the given pairs, loss_off, loss_on, whether there is an online pair)."""
     h_w, h_l = log_ratios(*off)
     names = ("online_policy_chosen", "online_policy_rejected", "online_ref_chosen", "online_ref_rejected")
-    pairs.check_statistics(policy_chosen=off[0], **dict(zip(names, on, strict=True)))
-    pairs.check_positive(beta=beta)
-    pairs.check_shape(h_w.shape, weight=weight)
-    pairs.check_values_in(0.0, 1.0, where=pairs.counted(*off[:2]), weight=weight)
+    check_statistics(policy_chosen=off[0], **dict(zip(names, on, strict=True)))
+    check_positive(beta=beta)
+    check_shape(h_w.shape, weight=weight)
+    check_values_in(0.0, 1.0, where=has_tokens(*off[:2]), weight=weight)
     on_w, on_l = log_ratios(*on)
     online = (on[0].count > 0) & (on[1].count > 0)
     loss_on = jnp.where(online, jax.nn.softplus(-beta * (on_w - on_l)), 0.0)
@@ -102,9 +103,7 @@ def metaapo(
     w = jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
     loss = w * loss_off + (1.0 - w) * loss_on
     rewards = beta * h_w, beta * h_l
-    return pairs.reduce_pairs(
-        loss, policy_chosen, policy_rejected, *rewards, weight=w, loss_off=loss_off, loss_on=loss_on
-    )
+    return reduce_pairs(loss, policy_chosen, policy_rejected, *rewards, weight=w, loss_off=loss_off, loss_on=loss_on)
 
 
 @register("metaapo_weights", category="preference", papers=("2509.23371",), proof=PROOF)
@@ -142,4 +141,4 @@ def metaapo_weights(
     _, loss_off, loss_on, online = _losses(off, on, weight, beta)
     valid = online & (off[0].count > 0) & (off[1].count > 0)
     metrics = {"weight": weight, "loss_off": loss_off, "loss_on": loss_on}
-    return pairs.reduce_examples(weight * loss_off + (1.0 - weight) * loss_on, valid, metrics)
+    return reduce_examples(weight * loss_off + (1.0 - weight) * loss_on, valid, metrics)

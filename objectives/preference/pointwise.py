@@ -6,9 +6,10 @@ Letters and conventions as in `objectives.preference.dpo`; all return the metric
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_shape, check_values_in
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.preference.dpo import PROOF, log_ratios
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
 from objectives.statistics import LogProbs
 
@@ -42,18 +43,18 @@ def bco_pair(
       ValueError: as `dpo`, and a `reward_mean` that is no scalar.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
+    check_positive(beta=beta)
     shift = reward_shift(reward_mean)
     r_w, r_l = beta * h_w, beta * h_l
     loss = jax.nn.softplus(shift - r_w) + jax.nn.softplus(r_l - shift)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 def reward_shift(reward_mean: jax.Array | None) -> jax.Array | float:
     """The scalar c of BCO without gradient; 0 for None."""
     if reward_mean is None:
         return 0.0
-    pairs.check_shape((), reward_mean=reward_mean)
+    check_shape((), reward_mean=reward_mean)
     return jax.lax.stop_gradient(reward_mean)
 
 
@@ -80,10 +81,10 @@ def apo_zero(
       beta: strength of the pull to the reference, above 0.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
+    check_positive(beta=beta)
     r_w, r_l = beta * h_w, beta * h_l
     loss = jax.nn.sigmoid(-r_w) + jax.nn.sigmoid(r_l)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("apo_down", category="preference", papers=("2408.06266",), proof=PROOF)
@@ -109,10 +110,10 @@ def apo_down(
       beta: strength of the pull to the reference, above 0.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
+    check_positive(beta=beta)
     r_w, r_l = beta * h_w, beta * h_l
     loss = jax.nn.sigmoid(r_w) + jax.nn.sigmoid(r_l - r_w)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("sppo", category="preference", papers=("2405.00675",), proof=PROOF)
@@ -146,13 +147,13 @@ def sppo(
       ValueError: as `dpo`; one probability without the other, outside [0, 1] or not [B].
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
+    check_positive(beta=beta)
     if (prob_chosen is None) != (prob_rejected is None):
         raise ValueError("prob_chosen and prob_rejected go together: estimates of both, or neither for 1 and 0")
     if prob_chosen is not None:
-        pairs.check_shape(h_w.shape, prob_chosen=prob_chosen, prob_rejected=prob_rejected)
-        pairs.check_values_in(0.0, 1.0, prob_chosen=prob_chosen, prob_rejected=prob_rejected)
+        check_shape(h_w.shape, prob_chosen=prob_chosen, prob_rejected=prob_rejected)
+        check_values_in(0.0, 1.0, prob_chosen=prob_chosen, prob_rejected=prob_rejected)
     target_w = 0.5 / beta if prob_chosen is None else (prob_chosen - 0.5) / beta
     target_l = -0.5 / beta if prob_rejected is None else (prob_rejected - 0.5) / beta
     loss = jnp.square(h_w - target_w) + jnp.square(h_l - target_l)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)

@@ -10,9 +10,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_statistics
+from objectives.numerics import LEAST_LOSS, box_cox, log1mexp, log_odds
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.preference.dpo import PROOF, smoothed_preference
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
 from objectives.statistics import LogProbs
 from zoo.core.registry import check_choice
@@ -21,9 +23,9 @@ FORMS = ("sigmoid", "hinge", "ipo")
 
 
 def _check(beta: float, label_smoothing: float, nll_weight: float) -> None:
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)
-    pairs.check_range(0.0, math.inf, nll_weight=nll_weight)
+    check_positive(beta=beta)
+    check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)
+    check_range(0.0, math.inf, nll_weight=nll_weight)
 
 
 def _contrast(chosen: LogProbs, rejected: LogProbs, form: str, beta: float, label_smoothing: float) -> jax.Array:
@@ -60,16 +62,16 @@ def cpo(
       nll_weight: at least 0.
 
     Returns:
-      LossOutput: weight = number of pairs; metrics as `pairs.reduce_pairs`, rewards beta s.
+      LossOutput: weight = number of pairs; metrics as `reduce_pairs`, rewards beta s.
 
     Raises:
       ValueError: numbers of responses disagree or an option is out of range.
     """
-    pairs.check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
+    check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
     _check(beta, label_smoothing, nll_weight)
     loss = _contrast(policy_chosen, policy_rejected, form, beta, label_smoothing) - nll_weight * policy_chosen.mean
     rewards = (beta * policy_chosen.sum, beta * policy_rejected.sum)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, *rewards)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, *rewards)
 
 
 @register("simpo", category="preference", papers=("2405.14734", "2501.03884"), proof=PROOF)
@@ -101,17 +103,17 @@ def simpo(
       nll_weight: at least 0; above 0 for the mixture with CPO.
 
     Returns:
-      LossOutput: weight = number of pairs; metrics as `pairs.reduce_pairs`, rewards r.
+      LossOutput: weight = number of pairs; metrics as `reduce_pairs`, rewards r.
 
     Raises:
       ValueError: numbers of responses disagree or an option is out of range.
     """
-    pairs.check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
+    check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
     _check(beta, label_smoothing, nll_weight)
-    pairs.check_range(0.0, math.inf, gamma=gamma)
-    r_w, r_l = (beta * pairs.box_cox(side.mean, -alpha) for side in (policy_chosen, policy_rejected))
+    check_range(0.0, math.inf, gamma=gamma)
+    r_w, r_l = (beta * box_cox(side.mean, -alpha) for side in (policy_chosen, policy_rejected))
     loss = smoothed_preference(r_w - r_l - gamma, 1.0 - label_smoothing) - nll_weight * policy_chosen.mean
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l)
 
 
 @register("orpo", category="preference", papers=("2403.07691",), proof=PROOF)
@@ -134,18 +136,18 @@ def orpo(
       odds_weight: the paper's lambda, TRL's beta, above 0.
 
     Returns:
-      LossOutput: weight = number of pairs; metrics as `pairs.reduce_pairs`, rewards odds_weight a, and log_odds_ratio.
+      LossOutput: weight = number of pairs; metrics as `reduce_pairs`, rewards odds_weight a, and log_odds_ratio.
 
     Raises:
       ValueError: numbers of responses disagree or odds_weight is out of range.
     """
     imitated = policy_chosen if policy_full is None else policy_full
-    pairs.check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected, policy_full=imitated)
-    pairs.check_positive(odds_weight=odds_weight)
-    ratio = pairs.log_odds(policy_chosen.mean) - pairs.log_odds(policy_rejected.mean)
+    check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected, policy_full=imitated)
+    check_positive(odds_weight=odds_weight)
+    ratio = log_odds(policy_chosen.mean) - log_odds(policy_rejected.mean)
     loss = odds_weight * jax.nn.softplus(-ratio) - imitated.mean
     rewards = (odds_weight * policy_chosen.mean, odds_weight * policy_rejected.mean)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, *rewards, log_odds_ratio=ratio)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, *rewards, log_odds_ratio=ratio)
 
 
 @register("asft", category="preference", papers=("2409.10571", "2502.01237"), proof="test_identities.py::test_asft")
@@ -163,16 +165,16 @@ def asft(policy_chosen: LogProbs, policy_rejected: LogProbs, *, odds_weight: flo
       odds_weight: lambda, above 0.
 
     Returns:
-      LossOutput: weight = number of pairs; metrics as `pairs.reduce_pairs`, rewards odds_weight a.
+      LossOutput: weight = number of pairs; metrics as `reduce_pairs`, rewards odds_weight a.
 
     Raises:
       ValueError: numbers of responses disagree or odds_weight is out of range.
     """
-    pairs.check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    pairs.check_positive(odds_weight=odds_weight)
+    check_statistics(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
+    check_positive(odds_weight=odds_weight)
     a_w, a_l = policy_chosen.mean, policy_rejected.mean
-    loss = -a_w - odds_weight * (a_w + pairs.log1mexp(jnp.minimum(a_l, -pairs.LEAST_LOSS)))
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, odds_weight * a_w, odds_weight * a_l)
+    loss = -a_w - odds_weight * (a_w + log1mexp(jnp.minimum(a_l, -LEAST_LOSS)))
+    return reduce_pairs(loss, policy_chosen, policy_rejected, odds_weight * a_w, odds_weight * a_l)
 
 
 @register("tpo", category="preference", papers=("2405.16681",), proof="test_trl_live.py::test_tpo")
@@ -200,7 +202,7 @@ def tpo(
       nll_weight: at least 0.
 
     Returns:
-      LossOutput: weight = number of triples; metrics as `pairs.reduce_pairs`, rewards beta s, and logp_mean_gold.
+      LossOutput: weight = number of triples; metrics as `reduce_pairs`, rewards beta s, and logp_mean_gold.
 
     Raises:
       ValueError: numbers of responses disagree or an option is out of range.
@@ -209,7 +211,7 @@ def tpo(
     loss = _contrast(policy_chosen, policy_rejected, form, beta, label_smoothing) - nll_weight * policy_gold.mean
     rewards = (beta * policy_chosen.sum, beta * policy_rejected.sum)
     gold = {"logp_mean_gold": policy_gold.mean}
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, *rewards, also=(policy_gold,), **gold)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, *rewards, also=(policy_gold,), **gold)
 
 
 @register("tpo_l", category="preference", papers=("2405.16681",), proof="test_trl_live.py::test_tpo")
@@ -238,21 +240,21 @@ def tpo_l(
       nll_weight: at least 0.
 
     Returns:
-      LossOutput: weight = number of triples; metrics as `pairs.reduce_pairs`, rewards beta a, and logp_mean_gold.
+      LossOutput: weight = number of triples; metrics as `reduce_pairs`, rewards beta a, and logp_mean_gold.
 
     Raises:
       ValueError: as `tpo`, and a gamma below 0.
     """
     _check_triple(policy_chosen, policy_rejected, policy_gold, beta, label_smoothing, nll_weight)
-    pairs.check_range(0.0, math.inf, gamma=gamma)
+    check_range(0.0, math.inf, gamma=gamma)
     r_w, r_l = beta * policy_chosen.mean, beta * policy_rejected.mean
     loss = smoothed_preference(r_w - r_l - gamma, 1.0 - label_smoothing) - nll_weight * policy_gold.mean
     gold = {"logp_mean_gold": policy_gold.mean}
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l, also=(policy_gold,), **gold)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, r_w, r_l, also=(policy_gold,), **gold)
 
 
 def _check_triple(
     chosen: LogProbs, rejected: LogProbs, gold: LogProbs, beta: float, label_smoothing: float, nll_weight: float
 ) -> None:
-    pairs.check_statistics(policy_chosen=chosen, policy_rejected=rejected, policy_gold=gold)
+    check_statistics(policy_chosen=chosen, policy_rejected=rejected, policy_gold=gold)
     _check(beta, label_smoothing, nll_weight)

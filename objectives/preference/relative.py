@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.checks import check_positive, check_range, check_statistics
+from objectives.output import LossOutput, reduce_examples
 from objectives.preference.dpo import log_ratios
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
-from objectives.statistics import LogProbs
+from objectives.statistics import LogProbs, log_ratio
 
 PROOF = "test_relative.py::test_is_its_definition"
 
@@ -88,7 +89,7 @@ def rpo(
       LossOutput: as `dpo`; reward_rejected, margin and accuracy are means over the contrasts of each chosen response.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta, temperature=temperature)
+    check_positive(beta=beta, temperature=temperature)
     valid = (policy_chosen.count > 0) & (policy_rejected.count > 0)
     weights: jax.Array | float = 1.0
     if prompt_embeddings is not None:
@@ -96,7 +97,7 @@ def rpo(
             raise ValueError(f"prompt_embeddings must be [{h_w.shape[0]}, E], got {jnp.shape(prompt_embeddings)}")
         weights = prompt_weights(prompt_embeddings, prompt_embeddings, valid, temperature=temperature)
     loss, metrics = _contrast(h_w, h_l, valid, weights, beta)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, **metrics)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, **metrics)
 
 
 @register("rpo_unpaired", category="preference", papers=("2402.10958",), proof=PROOF)
@@ -125,10 +126,10 @@ def rpo_unpaired(
       LossOutput: weight = number of chosen responses, 0 if none is rejected; metrics reward_chosen, reward_rejected,
       margin and accuracy as of `rpo`.
     """
-    pairs.check_statistics(policy_chosen=policy_chosen, ref_chosen=ref_chosen)
-    pairs.check_statistics(policy_rejected=policy_rejected, ref_rejected=ref_rejected)
-    pairs.check_positive(beta=beta, temperature=temperature)
-    h_w, h_l = pairs.log_ratio(policy_chosen, ref_chosen), pairs.log_ratio(policy_rejected, ref_rejected)
+    check_statistics(policy_chosen=policy_chosen, ref_chosen=ref_chosen)
+    check_statistics(policy_rejected=policy_rejected, ref_rejected=ref_rejected)
+    check_positive(beta=beta, temperature=temperature)
+    h_w, h_l = log_ratio(policy_chosen, ref_chosen), log_ratio(policy_rejected, ref_rejected)
     valid_w, valid_l = policy_chosen.count > 0, policy_rejected.count > 0
     weights: jax.Array | float = 1.0
     if chosen_embeddings is not None and rejected_embeddings is not None:
@@ -141,7 +142,7 @@ def rpo_unpaired(
     elif chosen_embeddings is not None or rejected_embeddings is not None:
         raise ValueError("chosen_embeddings and rejected_embeddings go together: both, or neither for weights of 1")
     loss, metrics = _contrast(h_w, h_l, valid_l, weights, beta)
-    return pairs.reduce_examples(loss, valid_w & jnp.any(valid_l), metrics)
+    return reduce_examples(loss, valid_w & jnp.any(valid_l), metrics)
 
 
 @register("rpo_diagonal", category="preference", papers=("2402.10958",), proof=PROOF)
@@ -168,8 +169,8 @@ def rpo_diagonal(
       LossOutput: as `dpo`; metrics also loss_others, the mean over j != i.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, 1.0, diagonal_weight=diagonal_weight)
+    check_positive(beta=beta)
+    check_range(0.0, 1.0, diagonal_weight=diagonal_weight)
     valid = (policy_chosen.count > 0) & (policy_rejected.count > 0)
     losses = jax.nn.softplus(-beta * (h_w[:, None] - h_l))
     others = valid & ~jnp.eye(h_w.shape[0], dtype=bool)
@@ -177,4 +178,4 @@ def rpo_diagonal(
     rest = jnp.sum(jnp.where(others, losses, 0.0), axis=-1) / jnp.maximum(number, 1)
     rho = jnp.where(number > 0, diagonal_weight, 1.0)
     loss = rho * jnp.diagonal(losses) + (1.0 - rho) * rest
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, loss_others=rest)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, loss_others=rest)

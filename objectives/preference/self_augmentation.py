@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from objectives.preference.pairs import check_range
+from objectives.checks import check_range
 
 
 def ema_update(average: Any, params: Any, decay: float = 0.5) -> Any:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_range, check_statistics
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.preference.dpo import dpo
 from objectives.registry import register
 from objectives.statistics import LogProbs, is_concrete
@@ -49,7 +49,7 @@ def spin(
     Returns:
       LossOutput: as `dpo`, with log-ratios to the mixture.
     """
-    pairs.check_range(0.0, 1.0, base_weight=base_weight)
+    check_range(0.0, 1.0, base_weight=base_weight)
     if base_chosen is not None and base_rejected is not None:
         ref_chosen = geometric_mixture(ref_chosen, base_chosen, base_weight)
         ref_rejected = geometric_mixture(ref_rejected, base_rejected, base_weight)
@@ -68,7 +68,7 @@ def geometric_mixture(first: LogProbs, second: LogProbs, weight: jax.Array | flo
       second: log q.
       weight: in [0, 1].
     """
-    pairs.check_statistics(first=first, second=second)
+    check_statistics(first=first, second=second)
     return dataclasses.replace(
         first,
         sum=(1.0 - weight) * first.sum + weight * second.sum,
@@ -94,7 +94,7 @@ def fictitious_opponent(iterates: Sequence[LogProbs]) -> LogProbs:
     """
     if not iterates:
         raise ValueError("fictitious_opponent needs one iterate at least")
-    pairs.check_statistics(**{f"iterates[{k}]": x for k, x in enumerate(iterates)})
+    check_statistics(**{f"iterates[{k}]": x for k, x in enumerate(iterates)})
     first = iterates[0]
     if first.packed:
         raise ValueError("fictitious_opponent cannot tell the responses of packed rows apart: give one row each")

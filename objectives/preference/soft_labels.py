@@ -7,11 +7,12 @@ x to the probability p. All take the four statistics first; scores, probabilitie
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_shape, check_values_in
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.preference.dpo import log_ratios, smoothed_preference
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
-from objectives.statistics import LogProbs
+from objectives.statistics import LogProbs, has_tokens
 
 PROOF = "test_soft_labels.py::test_is_its_definition"
 
@@ -44,11 +45,11 @@ def mmpo(
       LossOutput: as `dpo`; metrics also label (p).
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta, score_scale=score_scale)
-    pairs.check_shape(h_w.shape, score_chosen=score_chosen, score_rejected=score_rejected)
+    check_positive(beta=beta, score_scale=score_scale)
+    check_shape(h_w.shape, score_chosen=score_chosen, score_rejected=score_rejected)
     label = jax.nn.sigmoid(score_scale * jax.lax.stop_gradient(jnp.float32(score_chosen) - score_rejected))
     loss = smoothed_preference(beta * (h_w - h_l), label)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, label=label)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, label=label)
 
 
 @register("dno", category="preference", papers=("2404.03715",), proof=PROOF)
@@ -113,13 +114,13 @@ def cream(
       LossOutput: as `dpo`; metrics also consistency.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_shape(h_w.shape, consistency=consistency)
-    valid = pairs.counted(policy_chosen, policy_rejected)
-    pairs.check_values_in(0.0, 1.0, where=valid, consistency=consistency)
+    check_positive(beta=beta)
+    check_shape(h_w.shape, consistency=consistency)
+    valid = has_tokens(policy_chosen, policy_rejected)
+    check_values_in(0.0, 1.0, where=valid, consistency=consistency)
     consistency = jax.lax.stop_gradient(jnp.asarray(consistency, jnp.float32))
     loss = smoothed_preference(beta * (h_w - h_l), consistency)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, consistency=consistency)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, consistency=consistency)
 
 
 def ranking_consistency(scores: jax.Array, previous_scores: jax.Array) -> jax.Array:
@@ -179,11 +180,11 @@ def gpo(
       LossOutput: as `dpo`.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_shape(h_w.shape, score_chosen=score_chosen, score_rejected=score_rejected)
+    check_positive(beta=beta)
+    check_shape(h_w.shape, score_chosen=score_chosen, score_rejected=score_rejected)
     score_chosen, score_rejected = jax.lax.stop_gradient((jnp.float32(score_chosen), jnp.float32(score_rejected)))
     loss = jnp.square(h_w - score_chosen / beta) + jnp.square(h_l - score_rejected / beta)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
 
 
 @register("reward_distillation", category="preference", papers=("2405.19316",), proof=PROOF)
@@ -217,20 +218,20 @@ def reward_distillation(
       LossOutput: as `dpo`; metrics also squared_error and kl (-(h_w + h_l) / 2).
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, float("inf"), pessimism=pessimism)
+    check_positive(beta=beta)
+    check_range(0.0, float("inf"), pessimism=pessimism)
     score_chosen, score_rejected = jnp.float32(score_chosen), jnp.float32(score_rejected)
     if score_chosen.ndim == 2:
-        pairs.check_shape((*h_w.shape, score_chosen.shape[1]), score_chosen=score_chosen, score_rejected=score_rejected)
+        check_shape((*h_w.shape, score_chosen.shape[1]), score_chosen=score_chosen, score_rejected=score_rejected)
     else:
-        pairs.check_shape(h_w.shape, score_chosen=score_chosen, score_rejected=score_rejected)
+        check_shape(h_w.shape, score_chosen=score_chosen, score_rejected=score_rejected)
     gap = jax.lax.stop_gradient(score_chosen - score_rejected).reshape(*h_w.shape, -1)
     error = jnp.square(gap - beta * (h_w - h_l)[:, None])
     valid = (policy_chosen.count > 0) & (policy_rejected.count > 0)
     best = jnp.argmin(jnp.sum(jnp.where(valid[:, None], error, 0.0), axis=0))
     error, kl = error[:, best], -0.5 * (h_w + h_l)
     loss = error + pessimism * kl
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, squared_error=error, kl=kl)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, squared_error=error, kl=kl)
 
 
 @register("pessimistic_dpo", category="preference", papers=("2405.19316",), proof=PROOF)
@@ -257,8 +258,8 @@ def pessimistic_dpo(
       LossOutput: as `dpo`; metrics also kl (-(h_w + h_l) / 2).
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, float("inf"), pessimism=pessimism)
+    check_positive(beta=beta)
+    check_range(0.0, float("inf"), pessimism=pessimism)
     kl = -0.5 * (h_w + h_l)
     loss = jax.nn.softplus(-beta * (h_w - h_l)) + pessimism * kl
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, kl=kl)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, kl=kl)

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_statistics
 from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
 from objectives.statistics import LogProbs
 
@@ -39,7 +40,7 @@ def tgdpo(
     Returns:
       LossOutput: as `dpo`, with rewards r_w and r_l.
     """
-    pairs.check_statistics(
+    check_statistics(
         policy_chosen=policy_chosen,
         policy_rejected=policy_rejected,
         ref_chosen=ref_chosen,
@@ -47,11 +48,11 @@ def tgdpo(
         guide_chosen=guide_chosen,
         guide_rejected=guide_rejected,
     )
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, float("inf"), guidance=guidance)
+    check_positive(beta=beta)
+    check_range(0.0, float("inf"), guidance=guidance)
     r_w = beta * _guided_sum(policy_chosen, ref_chosen, guide_chosen, guidance * beta)
     r_l = beta * _guided_sum(policy_rejected, ref_rejected, guide_rejected, -guidance * beta)
-    return pairs.reduce_pairs(jax.nn.softplus(r_l - r_w), policy_chosen, policy_rejected, r_w, r_l)
+    return reduce_pairs(jax.nn.softplus(r_l - r_w), policy_chosen, policy_rejected, r_w, r_l)
 
 
 def _guided_sum(policy: LogProbs, ref: LogProbs, guide: LogProbs, scale: jax.Array | float) -> jax.Array:

@@ -7,11 +7,12 @@ without counted tokens, as padding of a batch, take no part in the sorting.
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.preference.dpo import PROOF, log_ratios, smoothed_preference
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
-from objectives.statistics import LogProbs
+from objectives.statistics import LogProbs, has_tokens
 
 
 def quantile_partner(x: jax.Array, y: jax.Array, valid: jax.Array) -> jax.Array:
@@ -53,9 +54,9 @@ def aot(
     _check(beta, label_smoothing)
     u = policy_chosen.sum - policy_rejected.sum
     v = jax.lax.stop_gradient(ref_chosen.sum - ref_rejected.sum)
-    difference = u - quantile_partner(u, v, pairs.counted(policy_chosen, policy_rejected))
+    difference = u - quantile_partner(u, v, has_tokens(policy_chosen, policy_rejected))
     loss = smoothed_preference(beta * difference, 1.0 - label_smoothing)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
 
 
 @register("aot_unpaired", category="preference", papers=("2406.05882",), proof=PROOF)
@@ -85,11 +86,11 @@ def aot_unpaired(
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
     _check(beta, label_smoothing)
-    difference = h_w - quantile_partner(h_w, h_l, pairs.counted(policy_chosen, policy_rejected))
+    difference = h_w - quantile_partner(h_w, h_l, has_tokens(policy_chosen, policy_rejected))
     loss = smoothed_preference(beta * difference, 1.0 - label_smoothing)
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l)
 
 
 def _check(beta: float, label_smoothing: float) -> None:
-    pairs.check_positive(beta=beta)
-    pairs.check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)
+    check_positive(beta=beta)
+    check_range(0.0, 0.5, open_high=True, label_smoothing=label_smoothing)

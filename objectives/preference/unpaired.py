@@ -8,11 +8,18 @@ import math
 import jax
 import jax.numpy as jnp
 
-from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.checks import (
+    check_positive,
+    check_range,
+    check_shape,
+    check_statistics,
+    check_values_among,
+    check_values_in,
+)
+from objectives.output import LossOutput, reduce_examples
 from objectives.preference.pointwise import reward_shift
 from objectives.registry import register
-from objectives.statistics import LogProbs
+from objectives.statistics import LogProbs, has_tokens, log_ratio
 
 PROOF = "test_trl_goldens.py::test_unpaired_values_and_gradients"
 
@@ -23,11 +30,11 @@ def labelled_rewards(policy: LogProbs, ref: LogProbs, desirable: jax.Array, beta
     Raises:
       ValueError: not LogProbs or of different numbers of responses, labels that are not 0 or 1 or not [B], beta <= 0.
     """
-    pairs.check_statistics(policy=policy, ref=ref)
-    pairs.check_shape(policy.sum.shape, desirable=desirable)
-    pairs.check_positive(beta=beta)
-    pairs.check_values_among((0, 1), where=pairs.counted(policy), desirable=desirable)
-    return beta * pairs.log_ratio(policy, ref), jnp.asarray(desirable) != 0
+    check_statistics(policy=policy, ref=ref)
+    check_shape(policy.sum.shape, desirable=desirable)
+    check_positive(beta=beta)
+    check_values_among((0, 1), where=has_tokens(policy), desirable=desirable)
+    return beta * log_ratio(policy, ref), jnp.asarray(desirable) != 0
 
 
 def reduce_labelled(
@@ -55,7 +62,7 @@ def reduce_labelled(
         "tokens": policy.count,
         **metrics,
     }
-    return pairs.reduce_examples(loss, pairs.counted(policy), metrics)
+    return reduce_examples(loss, has_tokens(policy), metrics)
 
 
 @register("kto", category="preference", papers=("2402.01306",), proof=PROOF)
@@ -99,15 +106,15 @@ def kto(
       ValueError: as `labelled_rewards`; not exactly one source of k; a weight below 0.
     """
     reward, desirable = labelled_rewards(policy, ref, desirable, beta)
-    pairs.check_range(0.0, math.inf, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    check_range(0.0, math.inf, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     if (policy_kl is None) != (ref_kl is None) or (policy_kl is None) == (kl is None):
         raise ValueError("kto needs either policy_kl and ref_kl, of mismatched pairs, or the number kl, such as 0")
     if policy_kl is not None and ref_kl is not None:
-        pairs.check_statistics(policy_kl=policy_kl, ref_kl=ref_kl)
-        mismatched = pairs.counted(policy_kl)
-        total = jnp.sum(jnp.where(mismatched, pairs.log_ratio(policy_kl, ref_kl), 0.0))
+        check_statistics(policy_kl=policy_kl, ref_kl=ref_kl)
+        mismatched = has_tokens(policy_kl)
+        total = jnp.sum(jnp.where(mismatched, log_ratio(policy_kl, ref_kl), 0.0))
         kl = jax.nn.relu(total / jnp.maximum(jnp.sum(mismatched), 1))
-    pairs.check_shape((), kl=kl)
+    check_shape((), kl=kl)
     kl = jax.lax.stop_gradient(jnp.asarray(kl, reward.dtype))
     gain = jnp.where(desirable, reward - beta * kl, beta * kl - reward)
     weight = jnp.where(desirable, desirable_weight, undesirable_weight)
@@ -151,7 +158,7 @@ def bco(
     logit = reward - reward_shift(reward_mean)
     loss = jax.nn.softplus(jnp.where(desirable, -logit, logit))
     if weights is not None:
-        pairs.check_shape(reward.shape, weights=weights)
-        pairs.check_values_in(0.0, math.inf, where=pairs.counted(policy), weights=weights)
+        check_shape(reward.shape, weights=weights)
+        check_values_in(0.0, math.inf, where=has_tokens(policy), weights=weights)
         loss = jax.lax.stop_gradient(weights) * loss
     return reduce_labelled(loss, policy, reward, desirable)

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_shape, check_unpacked
+from objectives.numerics import MAX_EXPONENT
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.preference.dpo import log_ratios
+from objectives.preference.pairs import reduce_pairs
 from objectives.registry import register
 from objectives.statistics import LogProbs
 
@@ -47,15 +49,16 @@ def wpo(
       ValueError: as `dpo`; statistics of packed rows, or collision of another shape than the tokens.
     """
     h_w, h_l = log_ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected)
-    pairs.check_unpacked(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    pairs.check_shape(policy_chosen.mask.shape, collision_chosen=collision_chosen)
-    pairs.check_shape(policy_rejected.mask.shape, collision_rejected=collision_rejected)
-    pairs.check_positive(beta=beta, max_weight=max_weight)
+    check_unpacked(policy_chosen=policy_chosen, policy_rejected=policy_rejected)
+    check_shape(policy_chosen.mask.shape, collision_chosen=collision_chosen)
+    check_shape(policy_rejected.mask.shape, collision_rejected=collision_rejected)
+    check_positive(beta=beta)
+    check_positive(finite=False, max_weight=max_weight)
     sides = ((policy_chosen, collision_chosen), (policy_rejected, collision_rejected))
     log_weight = sum(_mean_alignment(side, collision) for side, collision in sides)
-    weight = jnp.minimum(jnp.exp(jnp.minimum(jax.lax.stop_gradient(log_weight), pairs.MAX_EXPONENT)), max_weight)
+    weight = jnp.minimum(jnp.exp(jnp.minimum(jax.lax.stop_gradient(log_weight), MAX_EXPONENT)), max_weight)
     loss = weight * jax.nn.softplus(-beta * (h_w - h_l))
-    return pairs.reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, pair_weight=weight)
+    return reduce_pairs(loss, policy_chosen, policy_rejected, beta * h_w, beta * h_l, pair_weight=weight)
 
 
 def _mean_alignment(side: LogProbs, collision: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from objectives.preference import pairs
+from objectives.checks import check_positive, check_range, check_statistics
 from objectives.statistics import LogProbs
 
 Oracle = Callable[[Any], tuple[jax.Array, jax.Array]]
@@ -20,7 +20,7 @@ def noisy_pairs(ref_chosen: LogProbs, ref_rejected: LogProbs, threshold: float =
       ref_rejected: likewise.
       threshold: the paper's delta.
     """
-    pairs.check_statistics(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    check_statistics(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     return jnp.abs(ref_chosen.sum - ref_rejected.sum) <= threshold
 
 
@@ -46,8 +46,8 @@ def comparison_direction(
     Returns:
       (g, share): tree like theta, float32, of norm 1 before clipping; and the share of points with y = 1, float32.
     """
-    pairs.check_positive(radius=radius, queries=queries)
-    pairs.check_range(0.0, float("inf"), clip=clip)
+    check_positive(radius=radius, queries=queries)
+    check_range(0.0, float("inf"), clip=clip)
     leaves, tree = jax.tree.flatten(theta)
 
     def direction(key: jax.Array) -> Any:
@@ -84,8 +84,8 @@ def comparison_step(theta: Any, direction: Any, share: jax.Array, *, step_size: 
       step_size: the paper's gamma, above 0.
       min_share: the paper's lambda, in [0, 1].
     """
-    pairs.check_positive(step_size=step_size)
-    pairs.check_range(0.0, 1.0, min_share=min_share)
+    check_positive(step_size=step_size)
+    check_range(0.0, 1.0, min_share=min_share)
     scale = jnp.where(share > min_share, step_size * share, 0.0)
     return jax.tree.map(lambda x, g: (x + scale * g).astype(x.dtype), theta, direction)
 

@@ -7,8 +7,8 @@ where there is one, is 0 at padding, which takes no part and whose scores must b
 import jax
 import jax.numpy as jnp
 
-from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.checks import check_positive, check_range, check_shape, check_values_among, check_values_in
+from objectives.output import LossOutput, reduce_examples
 from objectives.preference.dpo import smoothed_preference
 from objectives.registry import register
 from objectives.ties import outcome_log_probabilities
@@ -20,7 +20,7 @@ def valid_rows(mask: jax.Array | None, size: int) -> jax.Array:
     """bool[size] of an optional mask."""
     if mask is None:
         return jnp.ones((size,), bool)
-    pairs.check_shape((size,), mask=mask)
+    check_shape((size,), mask=mask)
     return jnp.asarray(mask) != 0
 
 
@@ -29,7 +29,7 @@ def check_scores(**scores: jax.Array) -> int:
     (name, first), *_ = scores.items()
     if jnp.ndim(first) != 1:
         raise ValueError(f"{name} must be [B], one score per response, got {jnp.shape(first)}")
-    pairs.check_shape(jnp.shape(first), **scores)
+    check_shape(jnp.shape(first), **scores)
     return jnp.shape(first)[0]
 
 
@@ -67,14 +67,14 @@ def bradley_terry(
       ValueError: shapes disagree, or an option or, outside of traced functions, a label is out of range.
     """
     size = check_scores(score_chosen=score_chosen, score_rejected=score_rejected)
-    pairs.check_range(0.0, float("inf"), centring=centring)
+    check_range(0.0, float("inf"), centring=centring)
     r_w, r_l = jnp.float32(score_chosen), jnp.float32(score_rejected)
     x, label = r_w - r_l, jnp.ones((size,)) if label is None else label
     if margin is not None:
-        pairs.check_shape((size,), margin=margin)
+        check_shape((size,), margin=margin)
         x = x - margin
-    pairs.check_shape((size,), label=label)
-    pairs.check_values_in(0.0, 1.0, where=valid_rows(mask, size), label=label)
+    check_shape((size,), label=label)
+    check_values_in(0.0, 1.0, where=valid_rows(mask, size), label=label)
     loss = smoothed_preference(x, jax.lax.stop_gradient(jnp.float32(label))) + centring * jnp.square(r_w + r_l)
     metrics = {
         "accuracy": (r_w > r_l).astype(jnp.float32),
@@ -82,7 +82,7 @@ def bradley_terry(
         "score": 0.5 * (r_w + r_l),
         "score_squared": 0.5 * (jnp.square(r_w) + jnp.square(r_l)),
     }
-    return pairs.reduce_examples(loss, valid_rows(mask, size), metrics)
+    return reduce_examples(loss, valid_rows(mask, size), metrics)
 
 
 @register("bradley_terry_ranking", category="reward", papers=("2203.02155",), proof=PROOF)
@@ -105,7 +105,7 @@ def bradley_terry_ranking(scores: jax.Array, mask: jax.Array | None = None) -> L
         raise ValueError(f"scores must be [B, K] with K >= 2, got {jnp.shape(scores)}")
     r = jnp.float32(scores)
     counted = jnp.ones(r.shape, bool) if mask is None else jnp.asarray(mask) != 0
-    pairs.check_shape(r.shape, mask=counted)
+    check_shape(r.shape, mask=counted)
     valid = counted[:, :, None] & counted[:, None, :] & jnp.triu(jnp.ones(r.shape[1:] * 2, bool), k=1)
     number = jnp.sum(valid, axis=(1, 2))
     margin = r[:, :, None] - r[:, None, :]
@@ -114,7 +114,7 @@ def bradley_terry_ranking(scores: jax.Array, mask: jax.Array | None = None) -> L
         return jnp.sum(jnp.where(valid, x, 0.0), axis=(1, 2)) / jnp.maximum(number, 1)
 
     accuracy = mean((margin > 0).astype(jnp.float32))
-    return pairs.reduce_examples(mean(jax.nn.softplus(-margin)), number > 0, {"accuracy": accuracy})
+    return reduce_examples(mean(jax.nn.softplus(-margin)), number > 0, {"accuracy": accuracy})
 
 
 @register("bradley_terry_ties", category="reward", papers=("2411.02442",), proof=PROOF)
@@ -142,15 +142,15 @@ def bradley_terry_ties(
       ValueError: shapes disagree, the width is not above 0 or, outside of traced functions, there is another outcome.
     """
     size = check_scores(score_first=score_first, score_second=score_second)
-    pairs.check_positive(tie_width=tie_width)
-    pairs.check_shape((size,), outcome=outcome)
-    pairs.check_values_among((-1, 0, 1), where=valid_rows(mask, size), outcome=outcome)
+    check_positive(tie_width=tie_width)
+    check_shape((size,), outcome=outcome)
+    check_values_among((-1, 0, 1), where=valid_rows(mask, size), outcome=outcome)
     x, index = jnp.float32(score_first) - score_second, 1 - jnp.asarray(outcome, jnp.int32)
     log_p = outcome_log_probabilities(x, tie_width)
     loss = -jnp.take_along_axis(log_p, index[:, None], axis=-1)[:, 0]
     loss = jnp.where((index >= 0) & (index <= 2), loss, jnp.nan)  # not that of another outcome, where traced
     accuracy = (jnp.argmax(log_p, axis=-1) == index).astype(jnp.float32)
-    return pairs.reduce_examples(loss, valid_rows(mask, size), {"accuracy": accuracy, "margin": x})
+    return reduce_examples(loss, valid_rows(mask, size), {"accuracy": accuracy, "margin": x})
 
 
 @register("multi_attribute", category="reward", papers=("2311.09528", "2310.05344"), proof=PROOF)
@@ -175,11 +175,11 @@ def multi_attribute(predictions: jax.Array, ratings: jax.Array, observed: jax.Ar
     """
     if jnp.ndim(predictions) != 2:
         raise ValueError(f"predictions must be [B, A], got {jnp.shape(predictions)}")
-    pairs.check_shape(jnp.shape(predictions), ratings=ratings)
+    check_shape(jnp.shape(predictions), ratings=ratings)
     counted = jnp.ones(jnp.shape(predictions), bool) if observed is None else jnp.asarray(observed) != 0
-    pairs.check_shape(jnp.shape(predictions), observed=counted)
+    check_shape(jnp.shape(predictions), observed=counted)
     error = jnp.float32(predictions) - jnp.where(counted, jnp.float32(ratings), 0.0)
-    return pairs.reduce_examples(jnp.square(error), counted, {"absolute_error": jnp.abs(error)})
+    return reduce_examples(jnp.square(error), counted, {"absolute_error": jnp.abs(error)})
 
 
 @register("binary_principle", category="reward", papers=("2509.21319",), proof=PROOF)
@@ -205,9 +205,9 @@ def binary_principle(
       ValueError: shapes disagree or, outside of traced functions, a label is out of range.
     """
     size = check_scores(logp_yes=logp_yes, logp_no=logp_no)
-    pairs.check_shape((size,), label=label)
-    pairs.check_values_in(0.0, 1.0, where=valid_rows(mask, size), label=label)
+    check_shape((size,), label=label)
+    check_values_in(0.0, 1.0, where=valid_rows(mask, size), label=label)
     yes, no, y = jnp.float32(logp_yes), jnp.float32(logp_no), jnp.float32(label)
     accuracy = ((yes > no) == (y > 0.5)).astype(jnp.float32)
     metrics = {"reward": yes - no, "accuracy": accuracy}
-    return pairs.reduce_examples(-(y * yes + (1.0 - y) * no), valid_rows(mask, size), metrics)
+    return reduce_examples(-(y * yes + (1.0 - y) * no), valid_rows(mask, size), metrics)

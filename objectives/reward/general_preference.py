@@ -4,8 +4,8 @@ a language model that is shown both responses (arXiv:2405.07863)."""
 import jax
 import jax.numpy as jnp
 
-from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.checks import check_positive, check_shape, check_values_in
+from objectives.output import LossOutput, reduce_examples
 from objectives.preference.dpo import smoothed_preference
 from objectives.registry import register
 from objectives.reward.bradley_terry import valid_rows
@@ -80,15 +80,15 @@ def general_preference(
     Raises:
       ValueError: shapes disagree or the temperature is not above 0.
     """
-    pairs.check_positive(temperature=temperature)
+    check_positive(temperature=temperature)
     if jnp.ndim(embedding_chosen) != 2:
         raise ValueError(f"embedding_chosen must be [B, 2K], got {jnp.shape(embedding_chosen)}")
-    pairs.check_shape(jnp.shape(embedding_chosen), embedding_rejected=embedding_rejected)
+    check_shape(jnp.shape(embedding_chosen), embedding_rejected=embedding_rejected)
     if normalised:
         embedding_chosen, embedding_rejected = unit_embedding(embedding_chosen), unit_embedding(embedding_rejected)
     score = general_preference_score(embedding_chosen, embedding_rejected, gates)
     metrics = {"accuracy": (score > 0).astype(jnp.float32), "score": score}
-    return pairs.reduce_examples(jax.nn.softplus(-score / temperature), valid_rows(mask, score.shape[0]), metrics)
+    return reduce_examples(jax.nn.softplus(-score / temperature), valid_rows(mask, score.shape[0]), metrics)
 
 
 @register(
@@ -125,12 +125,12 @@ def pair_preference(
     """
     if jnp.ndim(option_logits) != 2 or jnp.shape(option_logits)[1] != 2:
         raise ValueError(f"option_logits must be [B, 2], (A, B), got {jnp.shape(option_logits)}")
-    pairs.check_shape(jnp.shape(option_logits), swapped_logits=swapped_logits)
+    check_shape(jnp.shape(option_logits), swapped_logits=swapped_logits)
     size = jnp.shape(option_logits)[0]
     valid = valid_rows(mask, size)
     label = jnp.ones((size,)) if label is None else label
-    pairs.check_shape((size,), label=label)
-    pairs.check_values_in(0.0, 1.0, where=valid, label=label)
+    check_shape((size,), label=label)
+    check_values_in(0.0, 1.0, where=valid, label=label)
     label = jax.lax.stop_gradient(jnp.asarray(label, jnp.float32))
     one, two = (x[:, 0] - x[:, 1] for x in (jnp.float32(option_logits), jnp.float32(swapped_logits)))
     loss = 0.5 * (smoothed_preference(one, label) + smoothed_preference(two, 1.0 - label))
@@ -140,4 +140,4 @@ def pair_preference(
         "accuracy": ((probability > 0.5) == (label > 0.5)).astype(jnp.float32),
         "agreement": ((one > 0) == (two < 0)).astype(jnp.float32),
     }
-    return pairs.reduce_examples(loss, valid, metrics)
+    return reduce_examples(loss, valid, metrics)

@@ -4,8 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.checks import check_range, check_shape, check_statistics, check_values_among, check_values_in
+from objectives.output import LossOutput, reduce_examples
 from objectives.registry import register
 from objectives.reward.bradley_terry import valid_rows
 from objectives.statistics import LogProbs, is_concrete
@@ -64,15 +64,15 @@ def uncertainty_tuning(
     if jnp.ndim(option_logits) != 2 or jnp.shape(option_logits)[1] != 2:
         raise ValueError(f"option_logits must be [B, 2], (no, yes), got {jnp.shape(option_logits)}")
     size = jnp.shape(option_logits)[0]
-    pairs.check_shape((size,), correct=correct)
-    pairs.check_values_among((0, 1), correct=correct)
-    pairs.check_range(0.0, float("inf"), divergence_weight=divergence_weight)
+    check_shape((size,), correct=correct)
+    check_values_among((0, 1), correct=correct)
+    check_range(0.0, float("inf"), divergence_weight=divergence_weight)
     option_logits = jnp.float32(option_logits)
     x, y = option_logits[:, 1] - option_logits[:, 0], jnp.float32(correct)
     nll = jax.nn.softplus(jnp.where(y > 0.5, -x, x))
     if logits is not None and base_logits is not None and loss_mask is not None:
-        pairs.check_shape(logits.shape, base_logits=base_logits)
-        pairs.check_shape(logits.shape[:-1], loss_mask=loss_mask)
+        check_shape(logits.shape, base_logits=base_logits)
+        check_shape(logits.shape[:-1], loss_mask=loss_mask)
         counted = jnp.asarray(loss_mask) != 0
 
         def log_probabilities(z: jax.Array) -> jax.Array:
@@ -93,7 +93,7 @@ def uncertainty_tuning(
         "brier": jnp.square(jax.nn.sigmoid(x) - y),
         "divergence": divergence,
     }
-    return pairs.reduce_examples(nll + divergence_weight * divergence, jnp.ones((size,), bool), metrics)
+    return reduce_examples(nll + divergence_weight * divergence, jnp.ones((size,), bool), metrics)
 
 
 @flax.struct.dataclass
@@ -139,12 +139,12 @@ def calibration_bins(
     """
     if jnp.ndim(confidence) != 1:
         raise ValueError(f"confidence must be [B], got {jnp.shape(confidence)}")
-    pairs.check_shape(jnp.shape(confidence), correct=correct)
+    check_shape(jnp.shape(confidence), correct=correct)
     if bins < 1:
         raise ValueError(f"bins must be 1 at least, got {bins}")
     valid = valid_rows(mask, jnp.shape(confidence)[0])
-    pairs.check_values_in(0.0, 1.0, where=valid, confidence=confidence)
-    pairs.check_values_among((0, 1), where=valid, correct=correct)
+    check_values_in(0.0, 1.0, where=valid, confidence=confidence)
+    check_values_among((0, 1), where=valid, correct=correct)
     confidence, correct = jnp.float32(confidence), jnp.float32(correct)
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     member = (index[:, None] == jnp.arange(bins)) & valid[:, None]
@@ -167,7 +167,7 @@ def auroc(confidence: jax.Array, correct: jax.Array) -> jax.Array:
     """
     if jnp.ndim(confidence) != 1:
         raise ValueError(f"confidence must be [B], got {jnp.shape(confidence)}")
-    pairs.check_shape(jnp.shape(confidence), correct=correct)
+    check_shape(jnp.shape(confidence), correct=correct)
     right = jnp.asarray(correct) != 0
     number, others = jnp.sum(right, dtype=jnp.float32), jnp.sum(~right, dtype=jnp.float32)
     ranks = jax.scipy.stats.rankdata(jnp.asarray(confidence)).astype(jnp.float32)
@@ -193,10 +193,10 @@ def paired_prediction(first: LogProbs, second: LogProbs) -> LossOutput:
     Raises:
       ValueError: numbers of responses disagree.
     """
-    pairs.check_statistics(first=first, second=second)
+    check_statistics(first=first, second=second)
     valid = (first.count > 0) & (second.count > 0)
     metrics = {"nll_first": -first.sum, "nll_second": -second.sum}
-    return pairs.reduce_examples(-(first.sum + second.sum), valid, metrics)
+    return reduce_examples(-(first.sum + second.sum), valid, metrics)
 
 
 def epistemic_covariance(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -214,7 +214,7 @@ def epistemic_covariance(first: jax.Array, second: jax.Array) -> jax.Array:
       float32 [..., A, A].
     """
     first, second = jnp.float32(first), jnp.float32(second)
-    pairs.check_shape((*first.shape, first.shape[-1]), second=second)
+    check_shape((*first.shape, first.shape[-1]), second=second)
     return first[..., :, None] * (second - first[..., None, :])
 
 
@@ -241,9 +241,9 @@ def compression_distance(
     """
     if jnp.ndim(logits) != 2:
         raise ValueError(f"logits must be [B, A], got {jnp.shape(logits)}")
-    pairs.check_shape(jnp.shape(logits), base_logits=base_logits)
-    pairs.check_shape(jnp.shape(logits)[:1], answers=answers)
-    pairs.check_values_in(0, logits.shape[1] - 1, where=valid_rows(mask, logits.shape[0]), answers=answers)
+    check_shape(jnp.shape(logits), base_logits=base_logits)
+    check_shape(jnp.shape(logits)[:1], answers=answers)
+    check_values_in(0, logits.shape[1] - 1, where=valid_rows(mask, logits.shape[0]), answers=answers)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(jnp.float32(base_logits), axis=-1))
     log_q = jax.nn.log_softmax(jnp.float32(logits), axis=-1)
     kl = jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)
@@ -255,4 +255,4 @@ def compression_distance(
         "base_accuracy": base == answers,
     }
     metrics = {name: x.astype(jnp.float32) for name, x in metrics.items()}
-    return pairs.reduce_examples(kl, valid_rows(mask, kl.shape[0]), metrics)
+    return reduce_examples(kl, valid_rows(mask, kl.shape[0]), metrics)

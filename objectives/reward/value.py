@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from objectives.output import LossOutput
-from objectives.preference import pairs
+from objectives.checks import check_shape, check_values_in
+from objectives.output import LossOutput, reduce_examples
 from objectives.registry import register
 
 
@@ -31,14 +31,14 @@ def outcome_value(values: jax.Array, outcomes: jax.Array, mask: jax.Array) -> Lo
     """
     if jnp.ndim(values) != 2:
         raise ValueError(f"values must be [B, T], got {jnp.shape(values)}")
-    pairs.check_shape(jnp.shape(values), mask=mask)
-    pairs.check_shape(jnp.shape(values)[:1], outcomes=outcomes)
+    check_shape(jnp.shape(values), mask=mask)
+    check_shape(jnp.shape(values)[:1], outcomes=outcomes)
     counted, y = jnp.asarray(mask) != 0, jnp.float32(outcomes)[:, None]
-    pairs.check_values_in(0.0, 1.0, where=jnp.any(counted, axis=1), outcomes=outcomes)
+    check_values_in(0.0, 1.0, where=jnp.any(counted, axis=1), outcomes=outcomes)
     v = jnp.where(counted, jnp.float32(values), 0.0)
     right = jnp.broadcast_to(y, v.shape)
     metrics = {"value_right": v * right, "value_wrong": v * (1.0 - right), "right": right}
-    return pairs.reduce_examples(jnp.square(v - y), counted, metrics)
+    return reduce_examples(jnp.square(v - y), counted, metrics)
 
 
 @register("step_values", category="reward", papers=("2405.03553",), proof="test_value.py::test_is_its_definition")
@@ -63,9 +63,9 @@ def step_values(values: jax.Array, targets: jax.Array, mask: jax.Array) -> LossO
     """
     if jnp.ndim(values) != 2:
         raise ValueError(f"values must be [B, S], got {jnp.shape(values)}")
-    pairs.check_shape(jnp.shape(values), targets=targets, mask=mask)
+    check_shape(jnp.shape(values), targets=targets, mask=mask)
     counted = jnp.asarray(mask) != 0
-    pairs.check_values_in(-1.0, 1.0, where=counted, targets=targets)
+    check_values_in(-1.0, 1.0, where=counted, targets=targets)
     value = jnp.tanh(jnp.where(counted, jnp.float32(values), 0.0))
     error = value - jnp.where(counted, jnp.float32(targets), 0.0)
-    return pairs.reduce_examples(jnp.square(error), counted, {"value": value})
+    return reduce_examples(jnp.square(error), counted, {"value": value})

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from objectives.preference.pairs import check_positive, check_range, check_shape
+from objectives.checks import check_positive, check_range, check_shape
 from zoo.core.registry import check_choice
 
 ESTIMATORS = ("k1", "k2", "k3")

@@ -7,8 +7,8 @@ policy that has not moved since has rho = 1, with the gradient of log pi.
 import jax
 import jax.numpy as jnp
 
+from objectives.checks import check_positive, check_range, check_shape, check_statistics, check_unpacked
 from objectives.output import LossOutput
-from objectives.preference import pairs
 from objectives.registry import register
 from objectives.rl.advantages import ESTIMATORS, kl_estimate
 from objectives.statistics import LogProbs
@@ -30,8 +30,9 @@ def _surrogate(ratio: jax.Array, advantages: jax.Array, low: float, high: float)
 
 def _check_clips(clip: float, clip_high: float | None) -> float:
     high = clip if clip_high is None else clip_high
-    pairs.check_positive(clip=clip, clip_high=high)
-    pairs.check_range(0.0, 1.0, clip=clip)
+    check_positive(clip=clip)
+    check_range(0.0, 1.0, clip=clip)
+    check_positive(finite=False, clip_high=high)
     return high
 
 
@@ -57,7 +58,7 @@ def ppo(
       advantages: float[B, T], as `generalised_advantages`, commonly whitened; no gradient.
       old: of the model that drew the responses; None: the policy as it is now.
       clip: c, in (0, 1].
-      clip_high: c_high, above 0; None: c.
+      clip_high: c_high, above 0; None: c, math.inf: no bound from above.
 
     Returns:
       LossOutput: weight = number of tokens; metrics ratio, clip_fraction and approx_kl, half the squared log-ratio.
@@ -66,8 +67,8 @@ def ppo(
       ValueError: shapes disagree or an option is out of range.
     """
     old = policy if old is None else old
-    pairs.check_statistics(policy=policy, old=old)
-    pairs.check_shape(policy.per_token.shape, advantages=advantages)
+    check_statistics(policy=policy, old=old)
+    check_shape(policy.per_token.shape, advantages=advantages)
     high = _check_clips(clip, clip_high)
     log_ratio = policy.per_token - jax.lax.stop_gradient(old.per_token)
     ratio = _ratio(log_ratio)
@@ -91,7 +92,7 @@ def clipped_value(
       old_values: float[B, T], at drawing time; no gradient.
       returns: float[B, T], as `generalised_advantages`; no gradient.
       mask: [B, T], 1 at tokens of the response.
-      clip: c, above 0.
+      clip: c, above 0; math.inf for no clipping.
 
     Returns:
       LossOutput: weight = number of tokens; metric clip_fraction.
@@ -99,8 +100,8 @@ def clipped_value(
     Raises:
       ValueError: shapes disagree or clip is out of range.
     """
-    pairs.check_shape(mask.shape, values=values, old_values=old_values, returns=returns)
-    pairs.check_positive(clip=clip)
+    check_shape(mask.shape, values=values, old_values=old_values, returns=returns)
+    check_positive(finite=False, clip=clip)
     counted = mask != 0
     values, old_values, returns = (
         jnp.where(counted, x.astype(jnp.float32), 0.0) for x in (values, old_values, returns)
@@ -161,11 +162,11 @@ def grpo(
     """
     old = policy if old is None else old
     given = {"policy": policy, "old": old} | ({} if ref is None else {"ref": ref})
-    pairs.check_statistics(**given)
-    pairs.check_unpacked(**given)
-    pairs.check_shape(policy.sum.shape, advantages=advantages)
+    check_statistics(**given)
+    check_unpacked(**given)
+    check_shape(policy.sum.shape, advantages=advantages)
     high = _check_clips(clip, clip_high)
-    pairs.check_range(0.0, jnp.inf, kl_weight=kl_weight)
+    check_range(0.0, jnp.inf, kl_weight=kl_weight)
     for name, value, allowed in (
         ("level", level, LEVELS),
         ("aggregation", aggregation, AGGREGATIONS),

@@ -6,6 +6,7 @@ conversations in tests/pipelines.
 
 import functools
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 
 import objectives
-from objectives import OBJECTIVES, LogProbs
-from objectives.preference import pairs as checks
+from objectives import OBJECTIVES, LogProbs, checks
 from tests.objectives.pairs import inputs_of, log_probs
 
 BATCH, TOKENS, CLASSES = 2, 3, 5
@@ -32,6 +32,7 @@ POSITIVE = {
     "power",
     "least_time",
 }
+UNBOUNDED = {("wpo", "max_weight"), ("clipped_value", "clip")}  # infinity leaves out what they bound
 SHARES = {"logit_distillation", "function_matching"}  # their beta is a share, from 0 to 1
 
 
@@ -91,6 +92,9 @@ def test_scales_are_above_zero(name, option):
     for value in (0.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=rf"\b{option} must be above 0,.* got {value}"):
             objectives.create(name, **{option: value})(**inputs(name))
+    if (name, option) not in UNBOUNDED:
+        with pytest.raises(ValueError, match=rf"\b{option} must be finite, got inf"):
+            objectives.create(name, **{option: math.inf})(**inputs(name))
 
 
 def test_every_beta_is_checked():

@@ -111,6 +111,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="prediction='epsilon' is not supported"):
         continuous.noisy(given["predictions"], given["targets"], mask, prediction="epsilon")
     one = given["targets"]
-    with pytest.raises(ValueError, match=r"kl_weight must be in \[0.0, inf\], got -1"):
+    with pytest.raises(ValueError, match=r"kl_weight must be in \[0.0, inf\), got -1"):
         objectives.melle(one, one, one, one, mask, one, mask, mask, kl_weight=-1)
     assert jax.tree.leaves(objectives.melle(one, one, one, one, mask, one, 0 * mask, mask)) == [0.0] * 6

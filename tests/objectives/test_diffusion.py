@@ -125,7 +125,7 @@ def test_refusals():
         diffusion.masked_diffusion(jnp.asarray(logits), targets, masked, times, mask_token=7)
     with pytest.raises(ValueError, match=r"times must have shape \(4,\), got \(3,\)"):
         diffusion.masked_diffusion(jnp.asarray(logits), targets, masked, times[:3])
-    with pytest.raises(ValueError, match=r"steps must be in \[1, inf\], got 0"):
+    with pytest.raises(ValueError, match=r"steps must be in \[1, inf\), got 0"):
         diffusion.masked_diffusion(jnp.asarray(logits), targets, masked, times, steps=0)
     with pytest.raises(ValueError, match="power must be above 0, got 0"):
         diffusion.clean_probability(jnp.asarray(times), schedule="polynomial", power=0)

@@ -73,9 +73,9 @@ def test_a_student_that_agrees_has_nothing_to_learn():
 def test_refusals():
     student, teacher, targets, mask = draw()
     for options, wanted, message in (
-        ({"temperature": 0.0}, teacher, "temperature must be above 0, such as 1.0, got 0.0"),
-        ({"kl_weight": 0.0}, teacher, "one above, got 0.0 and 0.0"),
-        ({"ce_weight": -1.0}, teacher, "must be >= 0"),
+        ({"temperature": 0.0}, teacher, "temperature must be above 0, got 0.0"),
+        ({"kl_weight": 0.0}, teacher, r"kl_weight \+ ce_weight must be above 0, got 0.0"),
+        ({"ce_weight": -1.0}, teacher, r"ce_weight must be in \[0.0, inf\), got -1.0"),
         ({}, teacher[..., :3], r"teacher_logits must be \(2, 5, 7\) as logits, got \(2, 5, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):

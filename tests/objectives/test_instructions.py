@@ -83,5 +83,5 @@ def test_refusals():
         objectives.weighted_cross_entropy(logits, targets, mask, np.ones(2), normalise="mean")
     with pytest.raises(ValueError, match=r"response_mask \+ prompt_mask must be in"):
         objectives.instruction_modelling(logits, targets, np.ones((2, 5)), np.ones((2, 5)))
-    with pytest.raises(ValueError, match=r"prompt_weight must be in \[0.0, inf\], got -1"):
+    with pytest.raises(ValueError, match=r"prompt_weight must be in \[0.0, inf\), got -1"):
         objectives.instruction_modelling(logits, targets, mask, 0 * mask, prompt_weight=-1)

@@ -78,7 +78,7 @@ def test_refusals():
         objectives.kto(**inputs, desirable=LABELS[:4], kl=0.0)
     with pytest.raises(ValueError, match="desirable must be 0 or 1 everywhere"):
         objectives.kto(**inputs, desirable=0.5 * LABELS, kl=0.0)
-    with pytest.raises(ValueError, match=r"undesirable_weight must be in \[0.0, inf\], got -1"):
+    with pytest.raises(ValueError, match=r"undesirable_weight must be in \[0.0, inf\), got -1"):
         objectives.kto(**inputs, desirable=LABELS, kl=0.0, undesirable_weight=-1)
     with pytest.raises(ValueError, match=r"weights must have shape \(5,\)"):
         objectives.bco(**inputs, desirable=LABELS, weights=jnp.ones(3))
