@@ -113,7 +113,7 @@ def logit_distillation(
     if teacher_logits.shape != logits.shape:
         raise ValueError(f"teacher_logits must be {logits.shape} as logits, got {teacher_logits.shape}")
     check_range(0.0, math.inf, kl_weight=kl_weight, ce_weight=ce_weight)
-    check_positive(**{"kl_weight + ce_weight": kl_weight + ce_weight}, temperature=temperature)
+    check_positive(kl_weight_plus_ce_weight=kl_weight + ce_weight, temperature=temperature)
     _check_beta(beta)
     hard = cross_entropy(logits, targets, loss_mask)
     mask = loss_mask.astype(jnp.float32)

@@ -94,7 +94,7 @@ def clippy_adagrad(
         absolute=absolute,
         eps=eps,
     )
-    check_positive(**{"initial_accumulator + eps": initial_accumulator + eps})
+    check_positive(initial_accumulator_plus_eps=initial_accumulator + eps)
 
     def init(params: Any) -> ClippyAdagradState:
         squares = jax.tree.map(lambda p: jnp.full_like(p, initial_accumulator), common.zeros(params))
