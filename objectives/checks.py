@@ -54,14 +54,15 @@ def check_values_in(low: float, high: float, *, where: Any = None, **arrays: Any
 
     Args:
       low: least value.
-      high: greatest value.
+      high: greatest value; with math.inf any finite one.
       where: bool, of the leading dimensions of the arrays; False where values do not matter. None = all matter.
       **arrays: by argument name.
     """
     for name, value in arrays.items():
         if is_concrete(value, where):
             numbers = np.asarray(value)
-            _refuse(~((numbers >= low) & (numbers <= high)), numbers, where, f"{name} must be in [{low}, {high}]")
+            within = (numbers >= low) & (numbers <= high) & (numbers < math.inf)
+            _refuse(~within, numbers, where, f"{name} must be in {_interval(low, high, high == math.inf)}")
 
 
 def check_values_among(allowed: Sequence[int], *, where: Any = None, **arrays: Any) -> None:
@@ -137,5 +138,8 @@ def check_range(low: float, high: float, *, open_high: bool = False, finite: boo
         if not is_concrete(value):
             continue
         if not _is_number(value) or not (low <= value < high if open_high else low <= value <= high):
-            interval = f"[{low}, {high}{')' if open_high else ']'}"
-            raise ValueError(f"{name} must be in {interval}, {_got(value)}")
+            raise ValueError(f"{name} must be in {_interval(low, high, open_high)}, {_got(value)}")
+
+
+def _interval(low: float, high: float, open_high: bool) -> str:
+    return f"[{low}, {high}{')' if open_high else ']'}"

@@ -212,3 +212,5 @@ def test_checks_pass_traced_values():
     checks.check_values_in(0.0, 1.0, where=[True, False], x=np.array([[0.5, 1.0], [9.0, 9.0]]))
     with pytest.raises(ValueError, match=r"x must be in \[0.0, 1.0\] everywhere, got 9.0 at index \(1, 0\)"):
         checks.check_values_in(0.0, 1.0, where=[False, True], x=np.array([[0.5, 1.0], [9.0, 9.0]]))
+    with pytest.raises(ValueError, match=r"x must be in \[0.0, inf\) everywhere, got inf at index 1"):
+        checks.check_values_in(0.0, math.inf, x=np.array([0.5, math.inf]))

@@ -124,7 +124,7 @@ def test_refusals():
         objectives.multi_token_prediction(logits[0], targets, mask)
     with pytest.raises(ValueError, match=r"weights must have shape \(3,\), got \(2,\)"):
         objectives.multi_token_prediction(logits, targets, mask, weights=[1.0, 1.0])
-    with pytest.raises(ValueError, match=r"weights must be in \[0.0, inf\]"):
+    with pytest.raises(ValueError, match=r"weights must be in \[0.0, inf\)"):
         objectives.multi_token_prediction(logits, targets, mask, weights=[1.0, -1.0, 1.0])
     with pytest.raises(ValueError, match=r"leading sizes \[2, 3\]"):
         objectives.multi_token_heads(head, trunk, shared, heads | {"b": np.zeros((2, 1))}, targets, mask)
