@@ -35,6 +35,7 @@ KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 PASSES = ("forward", "forward and backward")
 CHECKED_TOKENS, CHECKED_WINDOW = 512, 128  # of the calls that are compared with the reference
 TOLERANCE = 0.03  # of bfloat16 arguments and gradients: differences come to a few of its 2^-8 steps
+ROUNDING = 2.0**-14  # of the largest of several results: how large the rounding of float32 sums in another may be
 FLOAT32_TOLERANCE = 1e-3  # of float32 arguments: a product that rounded them to bfloat16 would be off by more
 WRONG = "WRONG"
 LEAST_SECONDS = 0.01  # of a sample
@@ -250,15 +251,18 @@ def argument_sets(arguments: dict[str, Any], platform: str) -> list[dict[str, An
 def difference(result: Any, reference: Any) -> float:
     """The largest difference of any result from the reference's, over the largest magnitude of that result.
 
-    Where one of them is NaN, or an infinity that the other is not, the difference is NaN.
+    A result smaller than `ROUNDING` times the largest one is taken to be as large as that: it may be rounding alone, as
+    the gradient of the query of attention to one token. Where one of them is NaN, or an infinity that the other is not,
+    the difference is NaN or infinite.
     """
-    pairs = zip(jax.tree.leaves(result), jax.tree.leaves(reference), strict=True)
+    results, references = ([np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (result, reference))
+    sizes = [np.max(np.abs(b), where=np.isfinite(b), initial=0.0) for b in references]
+    least = max(ROUNDING * np.max(sizes), np.finfo(np.float32).tiny)
     ratios = []
-    for a, b in pairs:
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    for a, b, size in zip(results, references, sizes, strict=True):
         with np.errstate(invalid="ignore"):
             apart = np.where(a == b, 0.0, np.abs(a - b))
-            ratios.append(np.max(apart) / max(np.max(np.abs(b)), np.finfo(np.float32).tiny))
+            ratios.append(np.max(apart) / max(size, least))
     return float(np.max(ratios))
 
 

@@ -186,6 +186,14 @@ def test_difference_is_of_the_worst_result():
         assert not benchmark_ops.difference({"y": np.array([value, -4.0]), "state": np.array([1.0])}, exact) < 1
     infinite = np.array([-np.inf, 1.0])
     assert benchmark_ops.difference(infinite, infinite) == 0
+    assert benchmark_ops.difference(np.array([-np.inf, 1.5]), infinite) == 0.5
+
+
+def test_difference_of_what_is_rounding_alone():
+    exact = {"dv": np.array([2.0, -4.0]), "dq": np.zeros(2)}
+    assert benchmark_ops.difference(exact | {"dq": np.array([0.0, 2e-7])}, exact) < 1e-3
+    assert benchmark_ops.difference(exact | {"dq": np.array([0.0, 1e-3])}, exact) > 1
+    assert benchmark_ops.difference(np.full(2, 1e-30), np.zeros(2)) > 1
 
 
 def test_accelerator_half_interpreted(small):

@@ -1,5 +1,10 @@
 """What log-probabilities over a vocabulary of 131072 cost beside the product that makes the logits."""
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import jax
@@ -37,6 +42,18 @@ def times(width):
     return best
 
 
+def times_by_default(width):
+    """`times` in a process with as many threads as a user's; those of the suite are more than the machine's cores."""
+    env = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    script = f"import json; from tests.objectives.test_logps_time import times; print(json.dumps(times({width})))"
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=root, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "name"), [(512, "linear_sequence_logps"), (4096, "sequence_logps")])
 def test_log_probabilities_cost_little_beside_the_logits(width, name):
@@ -47,5 +64,5 @@ def test_log_probabilities_cost_little_beside_the_logits(width, name):
     1.27, 1.15, 1.06, 0.97 times. The latter does not hold the bound at small widths, and cannot: the exponentials of
     the logits alone take 0.16 times the product at width 512. At width 2048 it is near it: 1.15 on a busier machine.
     """
-    found = times(width)
+    found = times_by_default(width)
     assert found[name] <= BOUND * found["logits"], {key: value / found["logits"] for key, value in found.items()}
