@@ -113,7 +113,9 @@ def logit_distillation(
     if teacher_logits.shape != logits.shape:
         raise ValueError(f"teacher_logits must be {logits.shape} as logits, got {teacher_logits.shape}")
     check_range(0.0, math.inf, kl_weight=kl_weight, ce_weight=ce_weight)
-    check_positive(kl_weight_plus_ce_weight=kl_weight + ce_weight, temperature=temperature)
+    check_positive(temperature=temperature)
+    if is_concrete(kl_weight, ce_weight) and kl_weight + ce_weight == 0.0:
+        raise ValueError("kl_weight and ce_weight are both 0; one of them must be above 0")
     _check_beta(beta)
     hard = cross_entropy(logits, targets, loss_mask)
     mask = loss_mask.astype(jnp.float32)

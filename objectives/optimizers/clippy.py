@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from objectives.checks import check_positive, check_range
+from objectives.checks import check_range
 from objectives.optimizers import common
 from objectives.optimizers import layout as layout_lib
 from objectives.optimizers.layout import Layout
 from objectives.optimizers.registry import register
+from objectives.statistics import is_concrete
 from zoo.core.params import Tree
 
 
@@ -94,7 +95,8 @@ def clippy_adagrad(
         absolute=absolute,
         eps=eps,
     )
-    check_positive(initial_accumulator_plus_eps=initial_accumulator + eps)
+    if is_concrete(initial_accumulator, eps) and initial_accumulator + eps == 0.0:
+        raise ValueError("initial_accumulator and eps are both 0; one of them must be above 0")
 
     def init(params: Any) -> ClippyAdagradState:
         squares = jax.tree.map(lambda p: jnp.full_like(p, initial_accumulator), common.zeros(params))

@@ -74,7 +74,7 @@ def test_refusals():
     student, teacher, targets, mask = draw()
     for options, wanted, message in (
         ({"temperature": 0.0}, teacher, "temperature must be above 0, got 0.0"),
-        ({"kl_weight": 0.0}, teacher, "kl_weight_plus_ce_weight must be above 0, got 0.0"),
+        ({"kl_weight": 0.0}, teacher, "kl_weight and ce_weight are both 0"),
         ({"ce_weight": -1.0}, teacher, r"ce_weight must be in \[0.0, inf\), got -1.0"),
         ({}, teacher[..., :3], r"teacher_logits must be \(2, 5, 7\) as logits, got \(2, 5, 3\)"),
     ):

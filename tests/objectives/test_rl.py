@@ -9,6 +9,7 @@ import torch
 import objectives
 from objectives import rl
 from objectives.statistics import LogProbs
+from tests.objectives.pairs import log_probs
 
 F32 = 2e-6
 BATCH, TOKENS = 4, 7
@@ -139,6 +140,18 @@ def test_value_is_its_definition():
     np.testing.assert_allclose(loss(*given, mask).loss_sum, want.detach(), rtol=1e-5)
     gradient = jax.grad(lambda v: loss(v, *given[1:], mask).loss_sum)(given[0])
     np.testing.assert_allclose(gradient, x.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_infinite_clips_are_none():
+    mask, values, old, returns, _, _ = draw(6)
+    value = lambda clip: objectives.create("clipped_value", clip=clip)(values, old, returns, mask)  # noqa: E731
+    want = 0.5 * np.sum(np.square(values - returns), where=mask != 0)
+    np.testing.assert_allclose(value(np.inf).loss_sum, want, rtol=1e-5)
+    assert float(value(np.inf).metrics["clip_fraction"]) == 0.0 < float(value(0.2).metrics["clip_fraction"])
+    old, policy = log_probs([-5.0]), log_probs([-1.0])  # a ratio of e^4, beyond any finite clip that one would take
+    for high, ratio in ((0.2, 1.2), (np.inf, np.exp(4.0))):
+        loss = objectives.create("ppo", clip_high=high)(policy, jnp.ones(policy.per_token.shape), old)
+        np.testing.assert_allclose(loss.loss_sum, -ratio, rtol=1e-5)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

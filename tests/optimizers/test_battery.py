@@ -176,7 +176,7 @@ REFUSED = [
     ("owlore", {"scores": [1.0, 0.0, 0.0], "active": 2}, "above 0 for active=2 layers"),
     ("owlore", {"threshold": 0.0}, "threshold must be above 0"),
     ("clippy_adagrad", {"absolute": -1e-3}, "absolute must be in"),
-    ("clippy_adagrad", {"initial_accumulator": 0.0, "eps": 0.0}, "must be above 0"),
+    ("clippy_adagrad", {"initial_accumulator": 0.0, "eps": 0.0}, "initial_accumulator and eps are both 0"),
 ]
 
 
