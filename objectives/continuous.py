@@ -126,8 +126,9 @@ def melle(
       stopping   = p [stop] sp(-l) + [not stop] sp(l),   p = positive_weight
       loss       = sum_bt mask_bt (regression + kl_weight kl + flux_weight flux + stop_weight stopping)
 
-    The defaults are the paper's (appendix A.3 and section 3.3), where kl_weight is 0 for the first 10,000 steps. The
-    flux term is unbounded below: the reward of moving away from the previous frame is held by the regression alone.
+    The defaults are the paper's, lambda, beta and gamma of equation 5 (appendix A.3) and the weight of last frames
+    (section 3.3); there kl_weight is 0 for the first 10,000 steps. The flux term is unbounded below: the reward of
+    moving away from the previous frame is held by the regression alone.
 
     Args:
       frames: y', float[B, T, D], before the post-net.

@@ -31,6 +31,10 @@ def cross_entropy(
     Computed in float32. No log-probabilities of the size of `logits` are formed. Where the mask is 0, neither logits
     (which may be NaN) nor targets (which may be any number) reach the loss or its gradient.
 
+    Smoothing is that of torch, of optax's `smooth_labels` and of transformers' LabelSmoother. Its mean is over all Z
+    classes, so columns that only pad a vocabulary must be cut off, `logits[..., :vocab_size]`. Without smoothing it is
+    enough that they are -inf; with it, -inf makes the loss infinite.
+
     Args:
       logits: float[B, T, Z].
       targets: int[B, T].
@@ -148,11 +152,12 @@ def weighted_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """Cross entropy of examples weighted by their quality (Bielik 7B, arXiv:2410.18565).
+    """Cross entropy of examples weighted by their quality (Bielik 7B, arXiv:2410.18565, equation 6).
 
       loss = sum_b q_b sum_t mask_bt loss_bt,   loss_bt of `cross_entropy`
 
-    The report's rule for the learning rate goes with it: `objectives.optimizers.scale_by_token_count`.
+    The report weighs its high, medium and low quality 1, 0.7 and 0.5. Its rule for the learning rate goes with this:
+    `objectives.optimizers.scale_by_token_count`.
 
     Args:
       logits: float[B, T, Z].

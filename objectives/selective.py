@@ -79,7 +79,8 @@ def selective_cross_entropy(
       loss_mask: [B, T], weight of each position; 0 leaves it out.
       ref_nll: [B, T], -log p of the targets under a reference model of the same tokenizer; where the mask is 0 it may
         be NaN.
-      ratio: share of counted tokens to keep, in (0, 1]; rounded up. The paper: 0.6 for 1B, 0.7 for 7B parameters.
+      ratio: share of counted tokens to keep, in (0, 1]; rounded up. The paper: 0.6 for 1.1B, 0.7 for 7B
+        parameters (section 3.1).
       scope: batch, sequence or device.
       devices: parts of the batch, for scope "device"; None = those into which the mesh in use splits "batch".
 

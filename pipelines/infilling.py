@@ -65,8 +65,8 @@ def fill_in_the_middle(
       psm  <pre> prefix <suf> suffix <mid> middle <end>
       spm  <suf> suffix <pre> prefix <mid> middle <end>
 
-    The paper's second order joins prefix and middle without a sentinel between them and puts <mid> elsewhere; this one
-    has each part behind its own sentinel.
+    spm is the first variant of the paper's appendix D, each part behind its own sentinel. Its models have the second,
+    <pre> <suf> suffix <mid> prefix middle <end>, with no sentinel between prefix and middle.
 
     Args:
       prefix: int[P].
@@ -101,6 +101,7 @@ def noise_spans(
     N = round(density length) tokens, at least 1 and at most length - 1, in S = max(1, round(N / mean_length)) spans, at
     most as many as there are kept tokens. Both the N and the kept tokens are divided into S parts of at least 1 by
     distinct random cuts, and the parts alternate, a kept one first. So no two spans touch, and the last token is noise.
+    As `random_spans_noise_mask` of T5's code, but for the bound on S.
 
     Args:
       length: of the document, at least 2.
@@ -163,6 +164,8 @@ def infill_spans(
 
       keep_0 <s0> keep_1 <s1> ... <sep> <s0> noise_0 <eom> <s1> noise_1 <eom> ...
 
+    The released CodeGen2 models expect <|endoftext|> before <sep>: append it to `tokens`, and False to `noise`.
+
     Args:
       tokens: int[T].
       noise: bool[T]: runs of True are the gaps. One long run is CodeGen2's infilling.
@@ -216,8 +219,8 @@ def prefix_loss_mask(prefix: np.ndarray, length: int, *, valid: np.ndarray | Non
 def prefix_attention_mask(prefix: np.ndarray, length: int, *, bidirectional: bool = False) -> np.ndarray:
     """bool[B, T, S], which keys s a query t sees: s <= t, and with `bidirectional` every s < prefix_b too.
 
-    A bidirectional prefix sees itself in both directions; CodeGen2 (arXiv:2305.02309) found no gain in it, so the
-    default is causal. The mixers of `zoo` take no such mask: it is for `jax.nn.dot_product_attention`.
+    A bidirectional prefix sees itself in both directions; CodeGen2 (arXiv:2305.02309, lesson 1) found no gain in it,
+    so the default is causal. The mixers of `zoo` take no such mask: it is for `jax.nn.dot_product_attention`.
 
     Args:
       prefix: int[B], tokens of the prefix.

@@ -10,7 +10,7 @@ from objectives.checks import check_positive
 def scale_by_token_count(reference: float) -> optax.GradientTransformationExtraArgs:
     """Scales updates by sqrt(T / reference), T the counted tokens of the step: the adaptive learning rate of Bielik.
 
-    ALR = LR sqrt(T / BS), with T the tokens of the batch and BS a baseline batch's (arXiv:2410.18565).
+    ALR = LR sqrt(T / BS), with T the tokens of the batch and BS a baseline batch's (arXiv:2410.18565, equation 1).
     It follows what makes updates independent of the gradient's scale, and precedes the learning rate:
 
       optax.chain(optax.scale_by_adam(), scale_by_token_count(2**17), optax.scale_by_learning_rate(1e-5))

@@ -34,7 +34,9 @@ def spin(
 
     The chosen response is the data's, the rejected one a sample of the previous iterate, which is the reference. c > 0
     replaces it by its geometric mixture with a base model, which is what a divergence to the base amounts to
-    (arXiv:2404.04291); the normaliser cancels. Fictitious play takes `fictitious_opponent` as reference.
+    (arXiv:2404.04291). Derived: the policy that maximises E f - beta (1 - c) KL(policy || previous) - beta c KL(policy
+    || base) has f = beta log(policy / ref) but for a constant, which cancels in f_w - f_l, as the mixture's normaliser
+    does; SPIN is sp(-(f_w - f_l)). Fictitious play takes `fictitious_opponent` as reference.
 
     Args:
       policy_chosen: of the responses of the data.
@@ -43,8 +45,8 @@ def spin(
       ref_rejected: likewise.
       base_chosen: of the base model; needed if base_weight is not 0.
       base_rejected: likewise.
-      beta: the paper's lambda, above 0.
-      base_weight: c, in [0, 1].
+      beta: the paper's lambda, above 0; in the authors' code (uclaml/SPIN) 0.1, and 5 in the last iteration.
+      base_weight: c, in [0, 1]: the base's share of the divergences.
 
     Returns:
       LossOutput: as `dpo`, with log-ratios to the mixture.
@@ -83,8 +85,8 @@ def fictitious_opponent(iterates: Sequence[LogProbs]) -> LogProbs:
       sum = logsumexp_k sum_k - log K
 
     per_token are the increments of this along the response, which is the mixture's own next-token distribution; to
-    sample from it, draw one of the iterates for each response. The paper smooths the opponent over its history; that
-    the mixture is uniform and over whole responses is our reading.
+    sample from it, draw one of the iterates for each response. The paper smooths the opponent over all previous
+    iterates; that the mixture is uniform, and of whole responses, could not be confirmed and is this project's choice.
 
     Args:
       iterates: log-probabilities of the same responses under each iterate; not of packed rows.

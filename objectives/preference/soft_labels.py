@@ -169,7 +169,10 @@ def gpo(
       loss = (h_w - score_w / beta)^2 + (h_l - score_l / beta)^2,   score_i = mean_j S(y_i, y_j)
 
     S is `general_preference_score`, the mean is over all samples of the prompt, drawn from the reference, which is the
-    previous iterate. The log of the normaliser is taken for 0, as in the paper; beta is that of the authors' scripts.
+    previous iterate. The log of the normaliser is taken for 0, as in the paper. The authors' code
+    (general-preference/general-preference-model) has the default beta and, as score, the mean of
+    (S(y_i, y_j) - S(y_j, y_i)) / temperature over all samples, y_i included, with a temperature of 0.1: twenty times
+    the score above, a factor that beta can take up.
 
     Args:
       score_chosen: [B], mean score against the samples of the prompt.

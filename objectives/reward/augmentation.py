@@ -84,7 +84,9 @@ def cross_prompt_comparisons(partners: np.ndarray) -> Comparisons:
 def uncertain_comparisons(probability: np.ndarray, label: np.ndarray, threshold: float) -> np.ndarray:
     """bool[N]: where a reward model is off by `threshold` or more, |probability - label| >= threshold.
 
-    The model is one that was trained on the given pairs; comparisons that it judges well already are left out.
+    The model is one that was trained on the given pairs; comparisons that it judges well already are left out. There is
+    no default: the paper's threshold could not be confirmed. A public reproduction draws half of the comparisons at
+    random and keeps those that are off by 0.2 or more.
 
     Args:
       probability: [N], the model's probability that the first response is better.

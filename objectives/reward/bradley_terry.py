@@ -190,7 +190,9 @@ def binary_principle(
 
       loss = -(y logp_yes + (1 - y) logp_no),   reward = logp_yes - logp_no
 
-    The principle is part of the prompt. Both formulas are as recalled, not confirmed against the paper's text or code.
+    A question after the response names the principle. The reward is the paper's, whose scalar reward model learns to
+    answer in one token, Yes or No (confirmed against accounts of the paper, not its text). That it learns by the plain
+    cross entropy of that token, and labels between 0 and 1, are this project's.
 
     Args:
       logp_yes: float[B], log-probability over the whole vocabulary of the token that says yes.

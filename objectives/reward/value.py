@@ -47,8 +47,9 @@ def step_values(values: jax.Array, targets: jax.Array, mask: jax.Array) -> LossO
 
       loss = sum_bs mask_bs (tanh(v_bs) - q_bs)^2
 
-    The tanh is that of the value head of the authors' code, the squared error follows the paper. The policy is trained
-    beside it by `cross_entropy` on right solutions; each loss is divided by its own weight.
+    As in the authors' code (MARIO-Math-Reasoning/Super_MARIO, implementation_details.md): a tanh, the mean squared
+    error over last tokens of steps, and the sum of this, times a coefficient, and of the policy's `cross_entropy` over
+    right solutions alone. Each of the two is divided by its own weight; the coefficient is the caller's.
 
     Args:
       values: float[B, S], v before the tanh.

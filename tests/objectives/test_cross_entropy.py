@@ -79,6 +79,31 @@ def test_equals_optax():
     np.testing.assert_allclose(ours, (theirs * mask).sum(), rtol=F32)
 
 
+def test_label_smoothing_is_that_of_optax_and_transformers():
+    smoother = pytest.importorskip("transformers.trainer_pt_utils").LabelSmoother(epsilon=0.3)
+    logits, targets, mask = draw(8)
+    mask = (mask != 0).astype(np.float32)
+    ours = objectives.cross_entropy(logits, targets, mask, label_smoothing=0.3).loss_sum
+    dense = optax.losses.smooth_labels(jax.nn.one_hot(targets, logits.shape[-1]), 0.3)
+    np.testing.assert_allclose(ours, (optax.losses.softmax_cross_entropy(logits, dense) * mask).sum(), rtol=F32)
+    labels = torch.tensor(np.where(mask != 0, targets, smoother.ignore_index), dtype=torch.long)
+    theirs = smoother({"logits": torch.tensor(logits, dtype=torch.float64)}, labels) * mask.sum()
+    np.testing.assert_allclose(ours, theirs.item(), rtol=F32)
+
+
+def test_padding_columns():
+    """Of -inf they take no part, unless labels are smoothed: then they are cut off, or the loss is infinite."""
+    logits, targets, mask = draw(9)
+    padded = np.pad(logits, ((0, 0), (0, 0), (0, 3)), constant_values=-np.inf)
+    loss = jax.value_and_grad(lambda x: objectives.cross_entropy(x, targets, mask, z_loss=0.1).loss_sum)
+    want, clean = loss(jnp.asarray(logits))
+    value, grad = loss(jnp.asarray(padded))
+    np.testing.assert_allclose(value, want, rtol=F32)
+    np.testing.assert_allclose(grad[..., :11], clean, atol=F32)
+    np.testing.assert_array_equal(grad[..., 11:], 0.0)
+    assert objectives.cross_entropy(padded, targets, mask, label_smoothing=0.1).loss_sum == np.inf
+
+
 def test_masked_positions_have_no_influence():
     """Neither NaN logits nor impossible targets where the mask is 0 reach the loss or its gradient."""
     logits, targets, mask = draw(3)

@@ -68,7 +68,7 @@ def test_refusals_of_filters():
     with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], such as 0.4, got 0"):
         objectives.clear_pairs(np.zeros(3), 0)
     with pytest.raises(ValueError, match=r"margin must be \[B\], got \(2, 3\)"):
-        objectives.clear_pairs(np.zeros((2, 3)))
+        objectives.clear_pairs(np.zeros((2, 3)), 0.4)
     with pytest.raises(ValueError, match="an order of 1 to 3, without ties"):
         objectives.ranking_concordance(np.array([[1, 2, 2]]))
     with pytest.raises(ValueError, match=r"\[..., M, K\]"):

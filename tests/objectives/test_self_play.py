@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 import torch
 import torch.nn.functional as F
 
 import objectives
 from tests.objectives.oracle import check
-from tests.objectives.pairs import draw, log_probs
+from tests.objectives.pairs import draw, log_probs, rows
 from tests.objectives.test_margins import ratios
 
 
@@ -37,6 +39,33 @@ def test_spin(extras, weight):
     pairs = {k: dataclasses.replace(v, sum=0.1 * v.sum) for k, v in draw().items()}  # so that exp stays in range
     extras = {k: dataclasses.replace(v, sum=0.1 * v.sum) for k, v in extras.items()}
     check(objectives.spin, spin, pairs | extras, beta=0.3, base_weight=weight)
+
+
+def test_a_divergence_to_the_base_is_the_mixture():
+    """The policy that is best under both divergences has the given f, up to a constant, as its reward in SPIN's loss.
+
+    It is found by maximising over six responses, in float64, not by the formula.
+    """
+    rng, beta, c = np.random.default_rng(3), 0.7, 0.35
+    previous, base_model = rng.dirichlet(np.ones(6), size=2)
+    f = rng.normal(size=6)
+
+    def negative(logits):
+        p = np.exp(logits - scipy.special.logsumexp(logits))
+        kl = [np.sum(p * np.log(p / q)) for q in (previous, base_model)]
+        return -(p @ f - beta * ((1 - c) * kl[0] + c * kl[1]))
+
+    logits = scipy.optimize.minimize(negative, np.zeros(6), tol=1e-12).x
+    policy = np.exp(logits - scipy.special.logsumexp(logits))
+    chosen, rejected = np.array([(i, j) for i in range(6) for j in range(6) if i != j]).T
+    sides = {"policy": policy, "ref": previous, "base": base_model}
+    given = {
+        f"{name}_{side}": log_probs(np.log(p[which]))
+        for name, p in sides.items()
+        for side, which in (("chosen", chosen), ("rejected", rejected))
+    }
+    losses = rows(objectives.create("spin", beta=beta, base_weight=c), **given)
+    np.testing.assert_allclose(losses, np.log1p(np.exp(f[rejected] - f[chosen])), rtol=1e-4)
 
 
 def test_fictitious_opponent_is_the_mixture_of_models():
