@@ -61,7 +61,8 @@ def clear_pairs(margin: np.ndarray, keep: float = 0.4) -> np.ndarray:
     """Pairs that the reference model tells apart the most, in either direction (arXiv:2501.15109).
 
     The share `keep` of pairs is kept, half of it from either end of the margins: those in the middle, which the
-    reference finds alike, say little. As recalled; that both ends are of one size is ours.
+    reference finds alike, say little. The paper keeps 30 to 50 % by the reference's probabilities; that both ends
+    count, and are of one size, is a choice of this project.
 
     Args:
       margin: [B], log-probability of the chosen response less that of the rejected one under the reference, as sums or
