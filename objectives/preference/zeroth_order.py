@@ -15,7 +15,7 @@ Oracle = Callable[[Any], tuple[jax.Array, jax.Array]]
 def noisy_pairs(ref_chosen: LogProbs, ref_rejected: LogProbs, threshold: float = 3.0) -> jax.Array:
     """bool[B]: whether the reference finds both responses about as likely, |s_w - s_l| <= threshold (in nats).
 
-    The threshold is that of the authors' code (PeterLauLukChen/ComparisonPO), which takes those with s_w > s_l alone.
+    The paper's criterion and threshold; the authors' code (PeterLauLukChen/ComparisonPO) takes those with s_w > s_l alone.
 
     Args:
       ref_chosen: log-probabilities under the reference.
@@ -36,16 +36,16 @@ def comparison_direction(
 
     s_w and s_l are means over pairs, of which the authors' runs have one at a time. The paper's y and g have the
     opposite sign and descend. One perturbation exists at a time. The authors' code (PeterLauLukChen/ComparisonPO,
-    compute_gradients.py) perturbs the output layer only, and by 5e-4 times normal numbers, whose norm is about sqrt(d)
-    for d elements: a radius of 5e-4 sqrt(d), or 5.7 for a head of 32,000 by 4,096. Hence no default.
+    compute_gradients.py) perturbs the output layer only, and by r = 5e-4 times normal numbers, whose norm is about
+    sqrt(d) for d elements: a radius of 5e-4 sqrt(d) here, or 5.7 for a head of 32,000 by 4,096. Hence no default.
 
     Args:
       oracle: theta -> (s_w [B], s_l [B]), log-probabilities of chosen and rejected responses.
       theta: tree of float arrays.
       key: of `jax.random`.
       radius: r, the length of a perturbation, above 0.
-      queries: number of points, at least 1; the authors have 1,400 for Mistral, 1,600 for Llama and Gemma.
-      clip: least size of an entry of g, at least 0; 2.2e-4 for Mistral, 8e-5 for Llama and Gemma in the authors' code.
+      queries: number of points, at least 1; 1,600 to 1,800 in the paper.
+      clip: least size of an entry of g, at least 0; 8e-5 to 2.2e-4 in the paper, the greatest for Mistral.
 
     Returns:
       (g, share): tree like theta, float32, of norm 1 before clipping; and the share of points with y = 1, float32.
@@ -88,8 +88,7 @@ def comparison_step(theta: Any, direction: Any, share: jax.Array, *, step_size: 
       direction: g of `comparison_direction`.
       share: likewise; where it is `min_share` or less, nothing moves.
       step_size: the paper's gamma, above 0; 0.035 in the authors' code.
-      min_share: the paper's lambda, in [0, 1]. The default is ours; the authors ask for 330 of 1,400 for Mistral and
-        for 370 of 1,600 for Llama and Gemma.
+      min_share: the paper's lambda, in [0, 1]; its code asks for 330 of 1,400 or 370 of 1,600, a little more.
     """
     check_positive(step_size=step_size)
     check_range(0.0, 1.0, min_share=min_share)
