@@ -15,7 +15,7 @@ Oracle = Callable[[Any], tuple[jax.Array, jax.Array]]
 def noisy_pairs(ref_chosen: LogProbs, ref_rejected: LogProbs, threshold: float = 3.0) -> jax.Array:
     """bool[B]: whether the reference finds both responses about as likely, |s_w - s_l| <= threshold (in nats).
 
-    The paper's criterion and threshold; the authors' code (PeterLauLukChen/ComparisonPO) takes those with s_w > s_l alone.
+    Criterion and threshold are the paper's; its code (PeterLauLukChen/ComparisonPO) takes those with s_w > s_l alone.
 
     Args:
       ref_chosen: log-probabilities under the reference.
