@@ -149,7 +149,8 @@ def rerouting(features: jax.Array, original_features: jax.Array, mask: jax.Array
 
       loss = sum_lbt mask_bt relu(cos(features_lbt, original_lbt))
 
-    Nothing is lost by orthogonal states, nor by opposite ones. Weighed by the first of `rerouting_weights`.
+    Nothing is lost by orthogonal states, nor by opposite ones. As in the authors' code (GraySwanAI/circuit-breakers,
+    src/lorra_circuit_breaker.py), on layers 10 and 20. Weighed by the first of `rerouting_weights`.
 
     Args:
       features: float[L, B, T, D] of the layers that are rerouted, of the model that is trained.
@@ -203,12 +204,12 @@ def rerouting_retain(features: jax.Array, original_features: jax.Array, mask: ja
 def rerouting_weights(step: jax.Array | float, *, steps: int = 150, alpha: float = 10.0) -> tuple[jax.Array, jax.Array]:
     """Factors of `rerouting` and `rerouting_retain` at a step: alpha (1 - t / 2T) and alpha t / 2T, held after 2T.
 
-    So in the authors' code: rerouting first, retaining more and more, and both alike at the last of T steps.
+    So in the authors' code: rerouting first, retaining more and more, and both alike at t = T.
 
     Args:
-      step: t, from 0.
-      steps: T.
-      alpha: 10 for Llama 3, 5 for Mistral in the paper.
+      step: t; the authors' first step has t = 1, their last T.
+      steps: T, 150 in the authors' scripts.
+      alpha: 10 for Llama 3, 5 for Mistral in the authors' scripts.
 
     Raises:
       ValueError: steps or alpha is not above 0.

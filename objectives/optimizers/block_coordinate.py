@@ -267,8 +267,9 @@ def lisa(
 ) -> optax.GradientTransformation:
     """LISA: AdamW on `active` layers drawn every `interval` steps, and on all that is in no layer (arXiv:2403.17919).
 
-    Layers are drawn uniformly, without replacement (algorithm 1, whose gamma is `active`). State: 8 active / L bytes a
-    stacked parameter and 8 bytes of all others.
+    Layers are drawn uniformly, without replacement (algorithm 1, whose gamma is `active`); draws and defaults are those
+    of the authors' code (OptimalScale/LMFlow, lisa_trainer.py and args.py), where moments of frozen layers stay and go
+    on at the next draw of the layer. State: 8 active / L bytes a stacked parameter and 8 bytes of all others.
 
     Args:
       learning_rate: lr.
@@ -305,17 +306,20 @@ def lisa(
 def outlier_share(params: Tree, layout: Tree, threshold: float) -> jax.Array:
     """Share of elements of every layer's matrices with |w| > threshold mean|w|, float32 [L].
 
-    The mean is that of a matrix; a layer's share is the mean over its matrices. The paper weighs |w| with the norms of
-    the layer's inputs first, which need data: give what that yields as `scores`.
+    Share and mean are over all matrices of a layer together, as in OWL's code (luuyin/OWL, lib/prune_all.py). The paper
+    weighs |w| with the norms of the layer's inputs first, which need data: give what that yields as `scores`.
     """
-    shares = []
-    for x, how in zip(jax.tree.leaves(params), jax.tree.leaves(layout, is_leaf=layout_lib.is_layout), strict=True):
-        if how.stacked and how.is_matrix:
-            size = jnp.abs(x.astype(jnp.float32)).reshape(x.shape[0], -1)
-            shares.append(jnp.mean(size > threshold * jnp.mean(size, axis=1, keepdims=True), axis=1))
-    if not shares:
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(layout, is_leaf=layout_lib.is_layout), strict=True)
+    matrices = [jnp.abs(x.reshape(x.shape[0], -1)) for x, how in pairs if how.stacked and how.is_matrix]
+    if not matrices:
         raise ValueError("owlore needs stacked matrices, for their outliers; give scores, or a layout with matrices")
-    return jnp.mean(jnp.stack(shares), axis=0)
+
+    def over_layer(function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        sums = [jnp.sum(function(x.astype(jnp.float32)), axis=1) for x in matrices]
+        return jnp.sum(jnp.stack(sums), axis=0) / sum(x.shape[1] for x in matrices)
+
+    least = threshold * over_layer(lambda x: x)[:, None]
+    return over_layer(lambda x: (x > least).astype(jnp.float32))
 
 
 @register("owlore", papers=("2405.18380", "2403.03507"), proof="test_layers.py::test_owlore_draws_by_scores")
@@ -342,17 +346,17 @@ def owlore(
 
       p_l = D_l / sum D,   D_l = share of elements above `threshold` times the mean
 
-    `active` layers are drawn without replacement, one after another by p. The authors' code reads D from a file of
-    the ratio 13, computed once with the norms of inputs (as OWL does, arXiv:2310.05175): that is `scores`. Without
-    them D is that of the weights alone when the choice is made, and uniform where fewer than
-    `active` layers have outliers.
+    `active` layers are drawn without replacement, one after another by p. The authors' code (pixeli99/OwLore) reads D
+    from a file of the ratio 13 (metric_cache/llama2_7b_ratio_13.txt), computed once with the norms of inputs (as OWL
+    does, arXiv:2310.05175): that is `scores`. Without them D is that of the weights alone when the choice is made, and
+    uniform where fewer than `active` layers have outliers.
 
     Args:
       learning_rate: lr.
-      active: gamma, layers that are trained at a time.
-      interval: steps between draws; 50 in the authors' scripts.
+      active: gamma, layers that are trained at a time; 5 in the authors' script, 2 by default in their code.
+      interval: steps between draws; 50 in the authors' script.
       scores: D of every layer, at least 0, not all 0; None = from the weights.
-      threshold: M of the outliers, above 0.
+      threshold: M of the outliers, above 0; 13 by the name of the authors' file.
       rank: of the projections, at least 1.
       update_every: steps between projectors; each choice makes new ones.
       scale: of GaLore's updates.

@@ -73,8 +73,9 @@ def clippy_adagrad(
       w = w - c u,   A = A + g^2,   or A + (c g)^2 with `clip_accumulator`
 
     q has the A of before this gradient, and so has the bound. Each layer of a stacked leaf has its own c. A tensor that
-    starts at 0 moves by `absolute` at most in its first step: raise it where there are such. The paper takes a rate of
-    1, as Keras RS says, and a relative 0.5 and an absolute 1e-2, as recalled. State: A in float32, 4 bytes a parameter.
+    starts at 0 moves by `absolute` at most in its first step: raise it where there are such. Other implementations of
+    the paper have a relative 0.5 and an absolute 1e-2 (WeiHanTu/Multitask_E-commerce_Recommender_System); the rate of 1
+    that Keras RS names is in the form of the paper on AdaGrad. State: A in float32, 4 bytes a parameter.
 
     Args:
       learning_rate: lr.

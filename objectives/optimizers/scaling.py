@@ -25,8 +25,9 @@ def horizon_learning_rate(
       lr(D) = B D^-exponent,   so lr = learning_rate (tokens / reference_tokens)^-exponent
 
     The paper fits such laws to models of 50M to 2.7B parameters, and finds that longer runs want smaller rates whatever
-    the model. 0.32 is the exponent of tokens in its law of both sizes, N^-0.23 D^-0.32, and the one that Phi-4-Mini
-    (arXiv:2503.01743) takes from it; both are known here from papers that quote them. Fit your own with `fit_horizon`.
+    the model. 0.32 is the exponent that it proposes for all of them, and that of tokens in its law of both sizes,
+    1.3192e-5 N^-0.23 D^-0.32 as arXiv:2503.04715 quotes it; Phi-4-Mini (arXiv:2503.01743) takes it from there. Each
+    size has an exponent of its own: fit yours with `fit_horizon`.
 
     Args:
       learning_rate: best one of the reference run, above 0.
@@ -71,8 +72,8 @@ class SparseParametrization:
     """Maximal update parametrisation of sparse models, SuPar (arXiv:2405.15743, table 1); density 1 is muP.
 
     Rates and scales are those of a dense model of the base width, times these. Sparse are the hidden matrices alone;
-    a hidden matrix acts as one of width width_multiplier density_multiplier. All as in the authors' code (nanoGPT-mup,
-    branch supar), whose density multiplier is 1 less the sparsity.
+    a hidden matrix acts as one of width width_multiplier density_multiplier. All as in the authors' code
+    (EleutherAI/nanoGPT-mup, branch supar, model.py), whose density multiplier is 1 less the sparsity.
 
     Attributes:
       width_multiplier: width over base width, m_d.

@@ -1,12 +1,13 @@
 """Losses of pairs that push a rejected response down the less, the nearer a reward model finds it to the chosen one.
 
-Maximum a posteriori preference optimisation (MaPPO, arXiv:2507.21183), a calibration that goes with DPO (equation 8)
-and with other losses (appendix B.2): D takes the log-probabilities of the rejected response to the power
+Maximum a posteriori preference optimisation (MaPPO, arXiv:2507.21183, version 5), a calibration that goes with DPO
+(equation 8) and with other losses (appendix B.2): D takes the log-probabilities of the rejected response to the power
 
   D = score_w - score_l, clipped to [0, 1]
 
-under the policy and the reference alike. The paper takes scores in [0, 1], of which the chosen one is the greater;
-clipping what lies outside is ours. D has no gradient. Letters as in `objectives.preference.dpo`.
+under the policy and the reference alike. The paper takes scores in [0, 1], of which the chosen one is the greater: the
+logistic function of what a reward model says (appendix D.2.4). Give scores of that kind; clipping what lies outside is
+ours. D has no gradient. Letters as in `objectives.preference.dpo`.
 """
 
 import dataclasses
@@ -88,7 +89,7 @@ def mappo(
       policy_rejected: as in `dpo`.
       ref_chosen: as in `dpo`.
       ref_rejected: as in `dpo`.
-      score_chosen: [B], a reward model's scores, in [0, 1].
+      score_chosen: [B], in [0, 1]: of a reward model without bounds the logistic function, as in the paper.
       score_rejected: [B], likewise.
       beta: strength of the pull to the reference, above 0.
 

@@ -91,14 +91,16 @@ def r_dpo(
     ref_rejected: LogProbs,
     *,
     beta: float = 0.1,
-    alpha: float = 0.02,
+    alpha: float = 0.05,
 ) -> LossOutput:
     """DPO under a cost of alpha per token (R-DPO, arXiv:2403.19159; with new iterates iLR-DPO, arXiv:2406.11817).
 
       loss = sp(-(beta d + alpha (n_w - n_l)))
 
-    The policy that is best for the reward less alpha n has the reward beta h + alpha n up to a constant of the prompt:
-    hence the sign. A pair whose chosen response is the longer one is explained by length in part, and teaches less.
+    The papers subtract alpha n from the reward. The sign is derived from that, as the loss is quoted with either: the
+    policy that is best for the reward less alpha n has the reward beta h + alpha n up to a constant of the prompt. A
+    pair whose chosen response is the longer one is explained by length in part, and teaches less. The default alpha is
+    that of R-DPO's run of Phi-2 on UltraFeedback, with this beta; its run on dialogues has 0.1.
 
     Args:
       policy_chosen: as in `dpo`.

@@ -132,8 +132,9 @@ def orpo(
     Args:
       policy_chosen: of the model that is trained.
       policy_rejected: likewise, as many responses.
-      policy_full: of prompt and chosen response together, whose mean is then the nll, as in TRL; None: the response's.
-      odds_weight: the paper's lambda, TRL's beta, above 0.
+      policy_full: of prompt and chosen response together, whose mean is then the nll, as in TRL and in the authors'
+        code (xfactlab/orpo) unless `disable_prompt_loss` is set there; None: the response's.
+      odds_weight: the paper's lambda, TRL's beta, above 0; 0.1 and 0.05 in the authors' scripts.
 
     Returns:
       LossOutput: weight = number of pairs; metrics as `reduce_pairs`, rewards odds_weight a, and log_odds_ratio.
@@ -156,8 +157,8 @@ def asft(policy_chosen: LogProbs, policy_rejected: LogProbs, *, odds_weight: flo
 
       loss = -a_w - odds_weight [log sigma(o_w) + log sigma(-o_l)] = -a_w - odds_weight [a_w + log(1 - p_l)]
 
-    with p = e^a and o = log(p / (1 - p)). The second form, with probabilities normalised by length and a weight tuned
-    in 0.1 to 1, is that of arXiv:2502.01237, section 3.1.1.
+    with p = e^a and o = log(p / (1 - p)). Both forms and the mean over tokens are those of arXiv:2502.01237, sections
+    2.1, 2.4 and 3.1.1, which tries weights of 0.1, 0.2, 0.5 and 1 (section 4.1); the default is ours.
 
     Args:
       policy_chosen: of the model that is trained.

@@ -207,9 +207,10 @@ def reward_distillation(
       loss = min_k sum_b (score_w - score_l - beta d)^2_bk - gamma sum_b (h_w + h_l) / 2,   gamma = pessimism
 
     The second term estimates KL(reference || policy), if the responses are samples of the reference; with several
-    reward models it chooses the policy nearest to the reference among those that fit one of them. The minimum is over
-    the sums of the batch that is given: parts of a batch may choose another model each. Written from the paper's
-    description; that the minimum is over the batch is ours.
+    reward models it chooses the policy nearest to the reference among those that fit one of them. That the minimum is
+    over the sums of the batch that is given, and not over each pair, is a choice of this project, as is beta: the paper
+    is cited for the squared error, the family and the forward divergence. Parts of a batch may choose another model
+    each.
 
     Args:
       score_chosen: [B] of one reward model or [B, K] of K.
@@ -255,7 +256,7 @@ def pessimistic_dpo(
 
     Args:
       beta: strength of the pull to the reference, above 0.
-      pessimism: gamma, at least 0; the default is ours.
+      pessimism: gamma, at least 0; this default and that of beta are ours.
 
     Returns:
       LossOutput: as `dpo`; metrics also kl (-(h_w + h_l) / 2).

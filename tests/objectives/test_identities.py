@@ -224,6 +224,23 @@ def test_r_dpo():
     np.testing.assert_allclose(of("r_dpo", beta=0.2, alpha=0.6)(pairs), of("dpo", beta=0.2)(costly), rtol=1e-5)
 
 
+def test_r_dpo_has_the_sign_of_a_cost():
+    """Five responses: the policy that is best for the reward less alpha n has the loss of preferences by the reward."""
+    rng = np.random.default_rng(21)
+    beta, alpha, reward, count = 0.4, 0.3, rng.normal(size=5), np.asarray([1, 2, 4, 7, 11])
+    ref = np.log(rng.dirichlet(np.ones(5)))
+    goal = lambda p: np.sum(p * (reward - alpha * count - beta * (np.log(p) - ref)))  # noqa: E731
+    best = np.exp(ref + (reward - alpha * count) / beta)
+    best /= best.sum()
+    assert all(goal(best) > goal(p) for p in rng.dirichlet(np.ones(5), 200))
+    w, r = np.nonzero(~np.eye(5, dtype=bool))
+    given = {}
+    for side, i in {"chosen": w, "rejected": r}.items():
+        given |= {f"policy_{side}": log_probs(np.log(best)[i], count[i]), f"ref_{side}": log_probs(ref[i], count[i])}
+    want = np.log1p(np.exp(reward[r] - reward[w])).sum()
+    np.testing.assert_allclose(of("r_dpo", beta=beta, alpha=alpha)(given), want, rtol=1e-5)
+
+
 def test_ld_dpo_discounts_the_tail():
     pairs = draw(18)
     shared = np.minimum(pairs["policy_chosen"].count, pairs["policy_rejected"].count)[:, None]

@@ -173,13 +173,25 @@ def test_orders_of_badam():
 
 
 def test_outlier_share_by_hand():
-    """Means of |w| are 2 and 1: above twice that are 1 of 4, and none; a second matrix doubles what is averaged."""
+    """Means of |w| are 2 and 1: above twice that are 1 of 4, and none. A second matrix belongs to the same mean."""
     w = jnp.asarray([[[1.0, -1.0], [1.0, 5.0]], [[1.0, 1.0], [-1.0, 1.0]]])
     layout = {"w": Layout(True, 1), "scale": Layout(True)}
     share = block_coordinate.outlier_share({"w": w, "scale": jnp.ones((2, 9))}, layout, 2.0)
     np.testing.assert_allclose(share, [0.25, 0.0])
-    share = block_coordinate.outlier_share({"a": w, "b": w[::-1]}, {"a": Layout(True, 1), "b": Layout(True, 1)}, 2.0)
-    np.testing.assert_allclose(share, [0.125, 0.125])
+    two = {"a": Layout(True, 1), "b": Layout(True, 1)}
+    # The layers' means are (8 + 24) / 6 and (4 + 2) / 6: above twice that are both of 12, and none.
+    share = block_coordinate.outlier_share({"a": w, "b": jnp.asarray([[[12.0, -12.0]], [[1.0, 1.0]]])}, two, 2.0)
+    np.testing.assert_allclose(share, [2 / 6, 0.0])
+
+
+def test_outlier_share_by_loops():
+    rng = np.random.default_rng(3)
+    params = {name: rng.normal(0, s, (3, 5, n)).astype(np.float32) for name, s, n in (("a", 1.0, 4), ("b", 4.0, 7))}
+    found = block_coordinate.outlier_share(params, dict.fromkeys(params, Layout(True, 1)), 1.7)
+    for i in range(3):
+        sizes = [abs(float(v)) for x in params.values() for v in x[i].ravel()]
+        outliers = sum(v > 1.7 * sum(sizes) / len(sizes) for v in sizes)
+        np.testing.assert_allclose(found[i], outliers / len(sizes), rtol=1e-6)
 
 
 def test_layers_are_needed():
