@@ -109,9 +109,7 @@ def run(claim: Claim, seeds: int, runs: pathlib.Path) -> None:
     import jax
 
     from launch import train
-    from launch.main import keep_freed_memory
 
-    keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(runs / "cache"))  # the seeds of a variant are one program
     for seed in range(seeds):
         for variant in claim.variants:

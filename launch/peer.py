@@ -22,13 +22,14 @@ class Peer:
 
     def __init__(self, module: str, *arguments: str, threads: int, **environment: str):
         root = pathlib.Path(__file__).resolve().parents[1]
+        inherited = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}  # launch/main.py's own
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=root,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), **environment},
+            env={**inherited, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), **environment},
         )
 
     def ask(self, line: str) -> str:

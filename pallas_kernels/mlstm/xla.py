@@ -65,12 +65,17 @@ def _tokens(x) -> _Tokens:
     return _Tokens(bits, jnp.zeros((0,), x.dtype))
 
 
-def _load(index, start, size: int, tokens: list[_Tokens], valid, g: Gates, scale: float) -> Chunk:
-    """The chunk of q, k and v."""
+def _gates_at(g: Gates):
+    """A function from the index of a chunk to its gates, each [B, H, C]."""
+    return lambda index: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=2, keepdims=False), g)
+
+
+def _load(start, size: int, tokens: list[_Tokens], valid, g: Gates, scale: float) -> Chunk:
+    """The chunk of q, k and v, with its gates."""
     mask = None
     if valid is not None:
         mask = lax.dynamic_slice_in_dim(valid, start, size, axis=1)[:, None, :, None]
-    g = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=2, keepdims=False)[..., :size], g)
+    g = jax.tree.map(lambda x: x[..., :size], g)
     q, k, v = (only(mask, x.take(start, size)) for x in tokens)
     return Chunk(q * scale, k, v, g, mask)
 
@@ -203,19 +208,19 @@ def forward(q, k, v, i, f, C, n, m, reset, valid, *, scale: float, eps: float, c
     g = gates.prepare(i, f, m, reset, valid, chunk_size)
     tokens = [_tokens(x) for x in (q, k, v)]
 
-    def body(index, start, size, carry):
+    def body(index, start, size, carry, here):
         C, n, y, boundaries = carry
         if save:
             put = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=1)
             boundaries = tuple(put(b, s) for b, s in zip(boundaries, (C, n), strict=True))
-        t = _load(index, start, size, tokens, valid, g, scale)
+        t = _load(start, size, tokens, valid, here, scale)
         return *_next_state(t, C, n), y.put(_outputs(t, C, n, eps), start), boundaries
 
     boundaries = None
     if save:
         boundaries = tuple(jnp.zeros((s.shape[0], g.m.shape[2], *s.shape[1:]), jnp.float32) for s in (C, n))
     carry = (opaque(C), opaque(n), _tokens(jnp.zeros_like(v)), boundaries)
-    C, n, y, boundaries = over_chunks(length, chunk_size, body, carry)
+    C, n, y, boundaries = over_chunks(length, chunk_size, body, carry, load=_gates_at(g))
     return y.array, C, n, g.m[..., -1, -1], boundaries
 
 
@@ -231,9 +236,9 @@ def backward(
     g = gates.prepare(i, f, m_first, reset, valid, chunk_size)
     tokens, given = [_tokens(x) for x in (q, k, v)], [_tokens(x) for x in (y, dy)]
 
-    def body(index, start, size, carry):
+    def body(index, start, size, carry, here):
         dC, dn, out, flows = carry
-        t = _load(index, start, size, tokens, valid, g, scale)
+        t = _load(start, size, tokens, valid, here, scale)
         C, n = (lax.dynamic_index_in_dim(b, index, axis=1, keepdims=False) for b in boundaries)
         y, dy = (only(t.mask, x.take(start, size)) for x in given)
         dq, dk, dv, flow, dC, dn = _chunk_backward(t, C, n, y, dy, dC, dn, eps)
@@ -248,7 +253,7 @@ def backward(
     out = tuple(_tokens(jnp.zeros_like(x)) for x in (q, k, v))
     flows = (*(jnp.zeros_like(g.m) for _ in range(4)), jnp.zeros_like(g.m[..., 0]))
     carry = (opaque(dC), opaque(dn), out, flows)
-    dC, dn, out, flows = over_chunks(length, chunk_size, body, carry, reverse=True)
+    dC, dn, out, flows = over_chunks(length, chunk_size, body, carry, load=_gates_at(g), reverse=True)
     out = [x.array for x in out]
     di, df, dm = gates.pull(i, f, m_first, reset, valid, chunk_size, flows, dm)
     if C is None:
