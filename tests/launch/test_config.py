@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch import config as config_lib
-from launch import mesh, train
+from launch import main, mesh, train
 from launch.config import ConfigError
 from launch.configs import (
     base,
@@ -208,3 +208,26 @@ def test_nucleotides_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.generate\.max_tokens: .* has attention without a window"):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_process_starts_anew_with_huge_pages_once():
+    code = (
+        "from launch import main; main.with_huge_pages(); import os, sys; print(os.environ['GLIBC_TUNABLES'], sys.argv)"
+    )
+    bare = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+
+    def said(**environment):
+        command = [sys.executable, "-c", code, "--config.a=b c"]
+        return subprocess.run(
+            command, cwd=ROOT, env=bare | environment, capture_output=True, text=True, check=True, timeout=120
+        ).stdout.strip()
+
+    assert said() == "glibc.malloc.hugetlb=1 ['-c', '--config.a=b c']"
+    assert said(GLIBC_TUNABLES="glibc.malloc.arena_max=7") == "glibc.malloc.arena_max=7 ['-c', '--config.a=b c']"
+
+
+def test_a_host_with_an_accelerator_keeps_its_malloc(monkeypatch):
+    monkeypatch.setattr(main.glob, "glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
+    monkeypatch.setattr(main.os, "execv", lambda *arguments: pytest.fail("started anew"))
+    monkeypatch.setattr(main.os, "environ", {})
+    main.with_huge_pages()
