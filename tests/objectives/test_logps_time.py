@@ -16,7 +16,6 @@ import objectives
 
 ROWS, TOKENS, CLASSES = 2, 128, 131072
 REPEATS = 5
-ATTEMPTS = 4
 BOUND = 1.1
 
 
@@ -56,6 +55,10 @@ def times_by_default(width):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1,
+    reason="needs both cores to itself: pytest -n 0 -m slow tests/objectives/test_logps_time.py",
+)
 @pytest.mark.parametrize(("width", "name"), [(512, "linear_sequence_logps"), (4096, "sequence_logps")])
 def test_log_probabilities_cost_little_beside_the_logits(width, name):
     """At most 1.1 times the product of activations [256, width] and weights [width, 131072], product included.
@@ -65,9 +68,5 @@ def test_log_probabilities_cost_little_beside_the_logits(width, name):
     1.27, 1.15, 1.06, 0.97 times. The latter does not hold the bound at small widths, and cannot: the exponentials of
     the logits alone take 0.16 times the product at width 512. At width 2048 it is near it: 1.15 on a busier machine.
     """
-    best: dict[str, float] = {}
-    for _ in range(ATTEMPTS):  # other work on the machine, as a second process of the suite, only adds
-        best = {key: min(value, best.get(key, np.inf)) for key, value in times_by_default(width).items()}
-        if best[name] <= BOUND * best["logits"]:
-            return
-    pytest.fail(str({key: value / best["logits"] for key, value in best.items()}))
+    found = times_by_default(width)
+    assert found[name] <= BOUND * found["logits"], {key: value / found["logits"] for key, value in found.items()}
